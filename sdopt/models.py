@@ -161,7 +161,7 @@ def load(name, weights=None, device="cpu"):
     elif weights == "hub":
         pipe = _from_hub(chosen)
     else:
-        pipe = _from_folder(chosen, PIPELINE if weights == "shipped" else Path(weights))
+        pipe = _from_folder(chosen, PIPELINE if weights == chosen.weights else Path(weights))
     if chosen.scheduler in SCHEDULERS:
         pipe.scheduler = SCHEDULERS[chosen.scheduler].from_config(pipe.scheduler.config)
     return pipe.to(device)
