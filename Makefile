@@ -1,0 +1,30 @@
+# `make run` walks the nine steps with pocket; `make test` runs the tests. Both set up .venv first, once.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test report clean
+.DELETE_ON_ERROR:
+
+run: $(INSTALLED)
+	$(BIN)/sdopt run --model pocket --out out
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+report: $(INSTALLED)
+	$(BIN)/sdopt report
+
+# torch comes first and alone: nothing installed after it, held by the constraints, may replace it by another build.
+# The stamp is written last, so that an interrupted installation is done again.
+$(INSTALLED): constraints.txt requirements.txt pyproject.toml
+	rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
