@@ -41,13 +41,18 @@ def adherence(agreements, resamples=1000, seed=0):
     """
     everything = [agreement.objects + agreement.relations for agreement in agreements]
     return {
-        "objects": _share([agreement.objects for agreement in agreements], resamples, seed),
-        "relations": _share([agreement.relations for agreement in agreements], resamples, seed),
-        "prompts_all_right": _share([(all(facts),) for facts in everything if facts], resamples, seed),
+        "objects": share([agreement.objects for agreement in agreements], resamples, seed),
+        "relations": share([agreement.relations for agreement in agreements], resamples, seed),
+        "prompts_all_right": share([(all(facts),) for facts in everything if facts], resamples, seed),
     }
 
 
-def _share(clusters, resamples, seed):
+def share(clusters, resamples=1000, seed=0):
+    """The mean over everything in `clusters` with a 95 % interval: {"value", "low", "high", "n"}.
+
+    `clusters`: one tuple of bools or numbers a prompt or picture. What is in one cluster stands or falls together, so
+    clusters are resampled whole (cluster bootstrap; Efron and Tibshirani 1993). The mean of nothing is None.
+    """
     right = np.array([sum(facts) for facts in clusters if facts], dtype=np.float64)
     of = np.array([len(facts) for facts in clusters if facts], dtype=np.float64)
     if not len(of):
