@@ -59,7 +59,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=False)
+    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
 
 
 def save_pipeline(folder: Path, vae, tiny_vae, tokenizer, text_encoder, unet) -> None:

@@ -1,0 +1,137 @@
+"""Measures the finished pocket: how well it does what its prompts say, and how much its parts lose on the way."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from safetensors.torch import load_file
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from sdopt.pocket.captions import Prompt, prompts
+from sdopt.pocket.oracle import Oracle
+from sdopt.pocket.scenes import Scene
+from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes, pictures
+from sdopt.quality import adherence, share
+
+STEPS = 30
+GUIDANCES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+BATCH = 128
+
+
+def load(weights: Path, device):
+    """The pipeline in fp32, the tiny VAE and the oracle."""
+    pipe = DiffusionPipeline.from_pretrained(weights / "pipeline").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    tiny = AutoencoderTiny.from_pretrained(weights / "pipeline" / "tiny_vae").to(device).eval()
+    oracle = Oracle()
+    oracle.load_state_dict(load_file(weights / "oracle.safetensors"))
+    return pipe, tiny, oracle.eval().to(device)
+
+
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """Decoded pictures from -1 to 1 as uint8, as a pipeline rounds them."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> list[tuple[float]]:
+    """PSNR of every picture in dB, uint8 against uint8."""
+    values = peak_signal_noise_ratio(a.float(), b.float(), data_range=255.0, dim=(1, 2, 3), reduction="none")
+    return [(v,) for v in values.tolist()]
+
+
+def judge(scenes: list[Scene], images: torch.Tensor, oracle: Oracle) -> list:
+    return [scene.compare(reading) for scene, reading in zip(scenes, oracle.read(images))]
+
+
+@torch.no_grad()
+def measure_parts(vae, tiny, oracle: Oracle, device, n: int) -> dict:
+    """The VAE, the tiny VAE and the oracle on `n` renders that none of them was trained on."""
+    scenes = draw_scenes(n, first=FIRST_HELD_OUT_RENDER)
+    images = pictures(scenes, device)
+    full, small = [], []
+    for chunk in tqdm(images.split(BATCH), desc="autoencoders"):
+        latents = vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()
+        full.append(to_bytes(vae.decode(latents).sample))
+        small.append(to_bytes(tiny.decode(latents * vae.config.scaling_factor).sample))
+    full, small = torch.cat(full), torch.cat(small)
+    read, redrawn, tiny_redrawn = (judge(scenes, x, oracle) for x in (images, full, small))
+    shuffled = [scene.compare(reading) for scene, reading in zip(scenes[1:] + scenes[:1], oracle.read(images))]
+    return {
+        "oracle_objects": adherence(read)["objects"],
+        "oracle_relations": adherence(read)["relations"],
+        "oracle_finish": share([a.finishes for a in read]),
+        "oracle_sky": share([(a.sky,) for a in read]),
+        "oracle_exact": share([(a.exact,) for a in read]),
+        "oracle_objects_shuffled": adherence(shuffled)["objects"],
+        "oracle_relations_shuffled": adherence(shuffled)["relations"],
+        "vae_psnr_db": share(psnr(full, images)),
+        "vae_oracle_objects": adherence(redrawn)["objects"],
+        "tiny_vae_psnr_db": share(psnr(small, full)),
+        "tiny_vae_oracle_objects": adherence(tiny_redrawn)["objects"],
+    }
+
+
+@torch.no_grad()
+def draw(pipe, asked: list[Prompt], guidance: float, what: str) -> torch.Tensor:
+    """One picture a prompt, uint8 [N, 3, 256, 256]; prompt i starts from the latents of CPU seed i."""
+    images = []
+    for start in tqdm(range(0, len(asked), BATCH), desc=what):
+        rows = asked[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
+        out = pipe([p.text for p in rows], num_inference_steps=STEPS, guidance_scale=guidance, generator=generators, output_type="pt").images
+        images.append((out * 255).round().to(torch.uint8))
+    return torch.cat(images)
+
+
+def measure_prompts(pipe, oracle: Oracle, guidance: float, n: int) -> dict:
+    """Adherence on prompts never trained on: of pairs that training showed, and of scenes with a pair it never did."""
+    seen, unseen = prompts(n, "test"), prompts(n, "test", held_out=True)
+    read = judge([p.scene for p in seen], draw(pipe, seen, guidance, "prompts"), oracle)
+    images = draw(pipe, unseen, guidance, "held-out pairs")
+    readings = oracle.read(images)
+    combined = [p.scene.compare(r) for p, r in zip(unseen, readings)]
+    shuffled = [p.scene.compare(r) for p, r in zip(unseen[1:] + unseen[:1], readings)]
+    return {
+        **adherence(read),
+        "objects_held_out": share([tuple(ok for ok, new in zip(a.objects, a.held_out) if new) for a in combined]),
+        "relations_held_out": adherence(combined)["relations"],
+        "finish": share([a.finishes for a in read]),
+        "sky": share([(a.sky,) for a in read]),
+        "exact": share([(a.exact,) for a in read]),
+        "objects_shuffled": adherence(shuffled)["objects"],
+        "relations_shuffled": adherence(shuffled)["relations"],
+    }
+
+
+def sweep(pipe, oracle: Oracle, n: int) -> list[dict]:
+    """Adherence at each guidance scale, on prompts of the validation part."""
+    asked = prompts(n, "validation")
+    rows = []
+    for guidance in GUIDANCES:
+        result = adherence(judge([p.scene for p in asked], draw(pipe, asked, guidance, f"guidance {guidance}"), oracle))
+        rows.append({"guidance_scale": guidance, "objects": result["objects"], "relations": result["relations"]})
+    return rows
+
+
+def card(weights: Path, device: str, n: int, environment: dict) -> dict:
+    """Everything the model card states. `n` prompts of each kind, `n` renders, a quarter of `n` prompts for the sweep."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pipe, tiny, oracle = load(weights, device)
+    started = time.perf_counter()
+    metrics = measure_parts(pipe.vae, tiny, oracle, device, n)
+    rows = sweep(pipe, oracle, max(1, n // 4))
+    best = max(rows, key=lambda row: row["objects"]["value"] + (row["relations"]["value"] or 0))["guidance_scale"]
+    metrics = {**measure_prompts(pipe, oracle, best, n), **metrics}
+    return {
+        "schema": 1, "study": "pocket-card", "environment": environment,
+        "settings": {"steps": STEPS, "guidance_scale": best, "scheduler": "euler", "dtype": "float32", "prompts": n, "interval": "95 %, bootstrap over whole prompts"},
+        "metrics": metrics, "guidance_sweep": rows, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
