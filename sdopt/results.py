@@ -149,7 +149,7 @@ def _first_fault(result):
     for row in result["rows"]:
         fault = _row_fault(row)
         if fault:
-            return f"row {row.get('id') if isinstance(row, dict) else row!r}: {fault}"
+            return f"row {row.get('id') if isinstance(row, dict) else row}: {fault}"
     return None
 
 

@@ -1,0 +1,5 @@
+import sys
+
+from sdopt.cli import main
+
+sys.exit(main())
