@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from made_up import IDS, result, run_folder
+from PIL import Image
+
+from sdopt import figures, results
+from sdopt.errors import UserError
+
+
+def drawn(tmp_path, draw, **settings):
+    folder = run_folder(tmp_path / "run", **settings)
+    target = tmp_path / "figure.png"
+    draw(folder / "pocket-path.json", folder, target)
+    return folder, target
+
+
+@pytest.mark.parametrize("draw", [figures.path_figure, figures.before_and_after])
+def test_a_figure_is_a_readable_png_that_knows_its_source(tmp_path, draw):
+    folder, target = drawn(tmp_path, draw)
+    with Image.open(target) as image:
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 300
+    assert (pixels < 200).mean() > 0.05, "something is drawn"
+    assert figures.source(target) == figures.digest(folder / "pocket-path.json", folder)
+
+
+def test_another_measurement_or_another_picture_is_another_source(tmp_path):
+    folder = run_folder(tmp_path)
+    seen = {figures.digest(folder / "pocket-path.json", folder)}
+    Image.new("RGB", (16, 16), "white").save(folder / f"9-{IDS[-1]}.png")
+    seen.add(figures.digest(folder / "pocket-path.json", folder))
+    changed = result()
+    changed["rows"][0]["first_call_s"] += 1
+    results.write(folder / "pocket-path.json", changed)
+    seen.add(figures.digest(folder / "pocket-path.json", folder))
+    assert len(seen) == 3
+
+
+def test_a_figure_without_a_source_or_no_figure_has_none(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    assert figures.source(tmp_path / "plain.png") is None
+    assert figures.source(tmp_path / "absent.png") is None
+
+
+def test_a_failed_row_leaves_a_gap_not_an_old_picture(tmp_path):
+    folder = run_folder(tmp_path)
+    failed = result()
+    failed["rows"][5] = {"id": "int8", "label": "int8", "settings": {}, "status": "failed: out of memory"}
+    results.write(folder / "pocket-path.json", failed)
+    figures.path_figure(folder / "pocket-path.json", folder, folder / "figure.png")
+    before = figures.source(folder / "figure.png")
+    (folder / "6-int8.png").unlink()
+    assert figures.digest(folder / "pocket-path.json", folder) == before
+
+
+def test_random_weights_are_named():
+    assert "random weights" in figures.described(result(weights="random"))
+    assert "random weights" not in figures.described(result())
+
+
+def test_a_result_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError):
+        figures.path_figure(tmp_path / "x.json", tmp_path, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
