@@ -67,6 +67,8 @@ def _child(pipe, function, job):
         answer = ("done", function(job, lambda phase: pipe.send(("phase", phase))))
     except UserError as error:
         answer = ("refused", str(error))
+    except RowFailed as failure:
+        answer = ("failed", str(failure))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         answer = ("failed", summary(error))

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from sdopt import compilation, models, path, timing
+from sdopt import compilation, models, path, schedulers, timing
+from sdopt.bench.process import RowFailed
+from sdopt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Job:
     width: int
     steps: int
     guidance_scale: float
+    scheduler: str
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
     options: dict = field(default_factory=dict)
@@ -31,9 +34,13 @@ def measure(job, tell):
     tell("loading")
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
-    pipe, call_kwargs = path.prepare(pipe, job.ids, **job.options)
+    try:
+        pipe, call_kwargs = path.prepare(pipe, job.ids, **job.options)
+    except UserError as error:  # this step cannot be applied here; the others may
+        raise RowFailed(str(error)) from error
     if job.channels_last:
         compilation.channels_last(pipe)
+    arguments = {"num_inference_steps": job.steps, "guidance_scale": job.guidance_scale} | call_kwargs
     latents = [noise(pipe, job.height, job.width, seeds) for seeds in job.seeds]
 
     def draw(run, output_type="pil"):
@@ -41,11 +48,10 @@ def measure(job, tell):
             list(job.prompts[run]),
             height=job.height,
             width=job.width,
-            guidance_scale=job.guidance_scale,
             latents=latents[run],
             generator=[torch.Generator(job.device).manual_seed(seed) for seed in job.seeds[run]],
             output_type=output_type,
-            **{"num_inference_steps": job.steps} | call_kwargs,
+            **arguments,
         ).images
 
     runs = len(job.prompts)
@@ -63,7 +69,12 @@ def measure(job, tell):
         "first_call_s": timed.first_call_s,
         "peak_memory_bytes": timed.peak_memory_bytes,
         "stages_ms": stages,
-        "as_run": as_run(pipe),
+        "drawn_with": {
+            "steps": arguments["num_inference_steps"],
+            "guidance_scale": arguments["guidance_scale"],
+            "scheduler": next(i for i, (cls, _) in schedulers.SCHEDULERS.items() if type(pipe.scheduler) is cls),
+        },
+        "as_run": as_run(pipe) | {"peak_memory_of": timed.peak_memory_of},
     }, [[np.asarray(image) for image in images] for images in drawn[1:]]
 
 

@@ -16,6 +16,7 @@ from sdopt.pocket.oracle import load_oracle
 BASELINE = path.STEPS[0].id
 NUMBERS = {step.id: n for n, step in enumerate(path.STEPS, 1)}
 LIMIT_S = 3600.0
+SHARED = ("model", "weights", "height", "width", "steps", "guidance_scale", "scheduler")
 NEEDED_BYTES = 64 * 2**20
 
 
@@ -62,7 +63,7 @@ def walk(shared, device, out, only=None, cutoff=0.4, progress=lambda done, text:
         "schema": results.SCHEMA,
         "study": study,
         "environment": results.environment(device),
-        "settings": {**shared, "device": device, "cutoff": cutoff},
+        "settings": {**shared, "device": device},
         "rows": [],
     }
     ids = [i for i in NUMBERS if only is None or i in only]
@@ -71,6 +72,7 @@ def walk(shared, device, out, only=None, cutoff=0.4, progress=lambda done, text:
     for done, i in enumerate(ids):
         job = _job(shared, judge, device, tuple(NUMBERS)[: NUMBERS[i]], cutoff)
         row, images = _measured(ctx, i, job, lambda phase: progress(done, f"{i}: {phase}"))
+        (out / image_name(i)).unlink(missing_ok=True)
         if images:
             results.write_whole(out / image_name(i), _png(images[0][0]))
             row["quality"] = judge.judge(i, images)
@@ -104,7 +106,7 @@ def _job(shared, judge, device, ids, cutoff, **more):
         prompts=judge.prompts,
         seeds=judge.seeds,
         options={"cutoff": cutoff, "steps": shared["steps"]},
-        **{key: shared[key] for key in ("model", "weights", "height", "width", "steps", "guidance_scale")},
+        **{key: shared[key] for key in SHARED},
         **more,
     )
 
@@ -115,6 +117,8 @@ def _measured(ctx, i, job, on_phase):
         numbers, images = process.call(ctx, measure, job, on_phase, LIMIT_S)
     except process.RowFailed as failure:
         return {**row, "status": f"failed: {failure}", "quality": None}, None
+    drawn_with = numbers.pop("drawn_with") | ({"cutoff": job.options["cutoff"]} if "cfg_cutoff" in job.ids else {})
+    row["settings"] = {key: value for key, value in drawn_with.items() if value != getattr(job, key, None)}
     return {**row, **numbers}, images
 
 
