@@ -1,0 +1,145 @@
+"""Steps 1, 3 and 5: who computes attention, with which kernel, and from how many projections."""
+
+from warnings import catch_warnings, simplefilter
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch.nn import Linear
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sdopt.errors import UserError
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class PinnedProcessor:
+    """A stock attention processor that may use one SDPA kernel only; PyTorch picks among all of them otherwise."""
+
+    def __init__(self, stock, backend: str):
+        self.stock, self.backend = stock, backend
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        with sdpa_kernel(BACKENDS[self.backend]):
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+REPLACEABLE = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, PinnedProcessor)
+
+
+def plain_attention(pipe):
+    """Step 1: attention as the formula has it, one matrix of scores written to memory; returns `pipe`.
+
+    Scores are [batch * heads, tokens, tokens] in the pipeline's dtype: the memory and time that SDPA saves.
+    Raises UserError when the projections are fused or the attention processors are not stock ones (an IP-Adapter's).
+    Introduced in notebooks/01_baseline_fp32.
+    """
+    if is_fused(pipe.unet):
+        raise UserError("plain attention needs separate projections, these are fused: load the pipeline again")
+    for model in _models(pipe):
+        model.set_attn_processor(AttnProcessor())
+    return pipe
+
+
+def sdpa(pipe, backend: str | None = None):
+    """Step 3: PyTorch's scaled_dot_product_attention in the UNet, the ControlNet and the VAE; returns `pipe`.
+
+    `backend`: "cudnn", "flash", "efficient" or "math" pins the UNet's kernel; None leaves PyTorch its choice. The VAE
+    always keeps that choice: its one head is up to 512 wide, more than the fast kernels take.
+    Raises UserError for an unknown backend, or one that cannot run this UNet's heads on this device and dtype, and for
+    attention processors that are not stock ones.
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html.
+    Introduced in notebooks/03_sdpa.
+    """
+    if backend is not None:
+        _check_backend(pipe.unet, backend)
+    for model in _models(pipe):
+        model.set_attn_processor(_stock_sdpa(model))
+    if backend is not None:
+        pipe.unet.set_attn_processor(PinnedProcessor(_stock_sdpa(pipe.unet), backend))
+    return pipe
+
+
+def xformers_attention(pipe) -> str | None:
+    """Step 3's other library: attention by xformers; returns None, or the reason why SDPA attends instead.
+
+    xformers needs CUDA and a build that matches PyTorch's; where either lacks, `pipe` is left with SDPA.
+    Source: https://github.com/facebookresearch/xformers. Introduced in notebooks/03_sdpa.
+    """
+    try:
+        pipe.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
+        sdpa(pipe)
+        return f"xformers cannot attend here ({str(error).strip().splitlines()[0]}); SDPA does"
+    return None
+
+
+def fuse_qkv(pipe):
+    """Step 5: one matrix product for query, key and value (key and value in cross-attention); returns `pipe`.
+
+    The projections' weights are copied side by side: [3 * dim, dim] for self-attention, [2 * dim, text] for cross-
+    attention. The originals stay in memory beside them, which is what this step costs. Fused projections attend by
+    SDPA, whatever attended before. A tiny VAE has no attention to fuse.
+    Raises UserError when a LoRA is loaded and not fused (the fused product would silently drop it), when the layers
+    are quantised already, or when an IP-Adapter is loaded.
+    Source: diffusers' "Accelerate inference" tutorial. Introduced in notebooks/05_fused_qkv.
+    """
+    if is_fused(pipe.unet):
+        return pipe
+    if _has_unfused_lora(pipe.unet):
+        raise UserError("the LoRA is not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() before fuse_qkv")
+    if any(type(part.weight.data) is not torch.Tensor for part in pipe.unet.modules() if isinstance(part, Linear)):
+        raise UserError("quantised projections cannot be fused: load the pipeline again and fuse before int8")
+    _models(pipe)
+    backend = getattr(next(iter(pipe.unet.attn_processors.values())), "backend", None)
+    pipe.fuse_qkv_projections(vae=hasattr(pipe.vae, "fuse_qkv_projections"))
+    return sdpa(pipe, backend) if backend else pipe
+
+
+def is_fused(model) -> bool:
+    """Whether a UNet's or VAE's attention projections are fused."""
+    return any(isinstance(part, Attention) and part.fused_projections for part in model.modules())
+
+
+def _stock_sdpa(model):
+    return FusedAttnProcessor2_0() if is_fused(model) else AttnProcessor2_0()
+
+
+def _models(pipe):
+    """The parts of `pipe` that attend, checked to carry processors that may be replaced."""
+    parts = [pipe.unet, pipe.vae, getattr(pipe, "controlnet", None)]
+    parts = [net for part in parts for net in getattr(part, "nets", [part])]  # several ControlNets hide in one module
+    models = [part for part in parts if hasattr(part, "attn_processors")]
+    for model in models:
+        for processor in model.attn_processors.values():
+            if not isinstance(processor, REPLACEABLE) and "XFormers" not in type(processor).__name__:
+                raise UserError(
+                    f"{type(processor).__name__} would be lost with a new attention processor: unload the adapter first"
+                )
+    return models
+
+
+def _has_unfused_lora(model) -> bool:
+    return any(hasattr(part, "lora_A") and part.lora_A and not part.merged for part in model.modules())
+
+
+def _check_backend(unet, backend):
+    if backend not in BACKENDS:
+        raise UserError(f"unknown attention backend '{backend}': choose one of {', '.join(BACKENDS)}")
+    widths = {part.inner_dim // part.heads for part in unet.modules() if isinstance(part, Attention)}
+    for width in sorted(widths):
+        probe = torch.zeros(1, 1, 64, width, dtype=unet.dtype, device=unet.device)
+        try:
+            with sdpa_kernel(BACKENDS[backend]), catch_warnings():
+                simplefilter("ignore")  # PyTorch explains each kernel's refusal in a warning of its own
+                scaled_dot_product_attention(probe, probe, probe)
+        except RuntimeError as error:
+            raise UserError(
+                f"the {backend} backend cannot attend with heads {width} wide in {unet.dtype} on {unet.device.type}: "
+                f"use another of {', '.join(BACKENDS)}, or none"
+            ) from error

@@ -1,0 +1,145 @@
+"""Step 4: torch.compile, and what goes with it: the memory layout, and a scheduler that never waits for the GPU."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch._dynamo.utils import counters
+
+from sdopt.errors import UserError
+
+# The tutorial's flags, for GPUs. They go to torch.compile as options: set as globals they would hold for the whole
+# process, and put back before the first call (when compiling happens) they would be silently ignored.
+CUDA_OPTIONS = {
+    "conv_1x1_as_mm": True,  # a 1x1 convolution is a matrix product, for which Inductor has more kernels
+    "coordinate_descent_tuning": True,  # try neighbouring tile sizes of each generated kernel, and ...
+    "coordinate_descent_check_all_directions": True,  # ... diagonal neighbours
+    "epilogue_fusion": False,  # leave pointwise work after a product to its own kernel
+    "force_fuse_int_mm_with_mul": True,  # an int8 product is rescaled at once (no effect before step 6)
+}
+
+# The UNet's attention blocks: one class, few distinct shapes, so a handful of graphs serve the whole UNet.
+REGIONS = ("Transformer2DModel",)
+
+# A region's graphs are counted against one limit, each size of each block being one. fullgraph=True makes passing it an
+# error, never a silent return to eager. (PyTorch before 2.12 has no such argument, its own limit of 8 stands there.)
+LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What was compiled: "whole" (UNet and VAE decoder, one graph each) or "regional" (`regions` blocks of the UNet)."""
+
+    kind: str
+    regions: int
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """How many graphs a call compiled, and where the compiler had to break one (reasons, each with its count)."""
+
+    compiled: int
+    breaks: dict[str, int]
+
+
+def channels_last(pipe):
+    """Store the weights of UNet, VAE and ControlNet so that an image's channels are neighbours (NHWC); returns `pipe`.
+
+    Convolution kernels of tensor cores and of CPUs read them in that order; shapes and results stay as they are.
+    Source: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html. Introduced in
+    notebooks/04_compile.
+    """
+    for part in (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None)):
+        if part is not None:
+            part.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def start_at_step_zero(pipe):
+    """Spare the scheduler its one wait for the GPU, at the first step of a picture; returns `pipe`.
+
+    Today's Euler and DPM++ schedulers keep their sigmas on the CPU and count steps themselves, so that no step waits.
+    Only the first looks its number up on the GPU (`nonzero`, `item`), unless it has been told. Pipelines that start
+    midway (image-to-image) tell it after this does, and theirs stands. Introduced in notebooks/04_compile.
+    """
+    scheduler = pipe.scheduler
+    if "set_timesteps" in vars(scheduler) or not hasattr(scheduler, "set_begin_index"):
+        return pipe
+    set_timesteps = scheduler.set_timesteps
+
+    @wraps(set_timesteps)  # pipelines look at its signature
+    def set_timesteps_and_start(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        scheduler.set_begin_index(0)
+
+    scheduler.set_timesteps = set_timesteps_and_start
+    return pipe
+
+
+def compile_pipeline(
+    pipe, kind: str | None = None, mode: str = "reduce-overhead", backend="inductor", options: dict | None = None
+) -> Compiled:
+    """Step 4: compile UNet and VAE decoder in place with fullgraph=True; returns what was compiled.
+
+    `kind` None: "whole" on a GPU; on a CPU "regional", the UNet's attention blocks alone, since a whole UNet takes
+    minutes to compile there and oneDNN keeps the convolutions, so that neither it nor the VAE decoder gains more.
+    `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well) are
+    merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
+    The first call compiles; another size, batch or dtype compiles again. Applied twice it changes nothing.
+    Raises UserError for an unknown kind or mode.
+    Source: diffusers' "Accelerate inference" tutorial; regional: https://docs.pytorch.org/tutorials/recipes/
+    regional_compilation.html. Introduced in notebooks/04_compile.
+    """
+    cuda = pipe.unet.device.type == "cuda"
+    kind = kind or ("whole" if cuda else "regional")
+    if kind not in ("whole", "regional"):
+        raise UserError(f"unknown kind of compilation '{kind}': use whole or regional")
+    settings = {"fullgraph": True, "backend": backend} | LIMIT
+    if backend == "inductor":
+        settings["options"] = _options(mode, cuda, kind) | (options or {})
+    if compiled_kind(pipe):
+        return Compiled(compiled_kind(pipe), _compiled_regions(pipe))
+    start_at_step_zero(pipe)
+    if kind == "whole":
+        pipe.unet.compile(**settings)
+    else:
+        for block in pipe.unet.modules():
+            if type(block).__name__ in REGIONS:
+                block.compile(**settings)
+    if cuda or kind == "whole":
+        # The decoder and not vae.decode: slicing and tiling, which are Python's loops, stay outside the graph.
+        pipe.vae.decoder.compile(**settings)
+    return Compiled(kind, _compiled_regions(pipe))
+
+
+def compiled_kind(pipe) -> str | None:
+    """How the UNet of `pipe` is compiled: "whole", "regional" or None."""
+    if pipe.unet._compiled_call_impl is not None:
+        return "whole"
+    return "regional" if _compiled_regions(pipe) else None
+
+
+def graphs(call: Callable[[], object]) -> Graphs:
+    """Run `call()` and count the graphs that torch.compile made and broke in it. Introduced in notebooks/04_compile."""
+    made, broken = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    call()
+    new = {why: n - broken.get(why, 0) for why, n in counters["graph_break"].items() if n > broken.get(why, 0)}
+    return Graphs(counters["stats"]["unique_graphs"] - made, new)
+
+
+def _options(mode, cuda, kind):
+    try:
+        own = torch._inductor.list_mode_options(mode)
+    except RuntimeError as error:
+        raise UserError(f"unknown compile mode '{mode}': use default, reduce-overhead or max-autotune") from error
+    if not cuda:
+        return {}
+    # CUDA graphs pay for a whole UNet. A graph a block would copy every block's inputs into its own memory first.
+    return CUDA_OPTIONS | (own if kind == "whole" else {})
+
+
+def _compiled_regions(pipe):
+    inner = (part for part in pipe.unet.modules() if part is not pipe.unet)
+    return sum(part._compiled_call_impl is not None for part in inner)

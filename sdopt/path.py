@@ -1,0 +1,101 @@
+"""The nine steps as data: taught in one order, applied in another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from sdopt.attention import fuse_qkv, plain_attention, sdpa
+from sdopt.autoencoders import tiny_vae
+from sdopt.compilation import channels_last, compile_pipeline
+from sdopt.errors import UserError
+from sdopt.guidance import cutoff
+from sdopt.precision import full_precision, half_precision
+from sdopt.quantization import int8
+from sdopt.schedulers import use_scheduler
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step can be told. The defaults are the path's."""
+
+    tf32: str = "convolutions"  # baseline_fp32: see precision.set_tf32
+    dtype: torch.dtype | None = None  # bf16: None picks bfloat16, or float16 where the GPU lacks it
+    attention: str | None = None  # sdpa: the backend, None leaves PyTorch its choice
+    compiler: dict = field(default_factory=dict)  # compile: keywords of compilation.compile_pipeline
+    tiny_vae: str | None = None  # tiny_vae: a folder, a hub name or "random", None finds it
+    steps: int = 20  # dpm_20: the steps of the row before, never exceeded by its 20
+    cutoff: float = 0.4  # cfg_cutoff: the share of the steps that are guided
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the path. `apply(pipe, options)` changes the pipeline, `call_kwargs(pipe, options)` its call."""
+
+    id: str
+    title: str
+    notebook: str
+    apply: Callable[[object, Options], object] = lambda pipe, o: pipe
+    call_kwargs: Callable[[object, Options], dict] = lambda pipe, o: {}
+
+
+def _baseline(pipe, o):
+    return plain_attention(full_precision(pipe, o.tf32))
+
+
+def _compile(pipe, o):
+    return compile_pipeline(channels_last(pipe), **o.compiler)
+
+
+def _twenty(pipe, o):
+    return {"num_inference_steps": min(20, o.steps)}
+
+
+STEPS = (  # in the order they are taught
+    Step("baseline_fp32", "fp32, plain attention", "01_baseline_fp32", _baseline),
+    Step("bf16", "half precision", "02_bf16", lambda pipe, o: half_precision(pipe, o.dtype)),
+    Step("sdpa", "scaled dot-product attention", "03_sdpa", lambda pipe, o: sdpa(pipe, o.attention)),
+    Step("compile", "torch.compile", "04_compile", _compile),
+    Step("fused_qkv", "fused projections", "05_fused_qkv", lambda pipe, o: fuse_qkv(pipe)),
+    Step("int8", "dynamic int8", "06_int8", lambda pipe, o: int8(pipe)),
+    Step("tiny_vae", "tiny VAE", "07_tiny_vae", lambda pipe, o: tiny_vae(pipe, o.tiny_vae)),
+    Step("dpm_20", "DPM++ 2M, 20 steps", "08_dpm_20", lambda pipe, o: use_scheduler(pipe, "dpm"), _twenty),
+    Step("cfg_cutoff", "guidance cut off", "09_cfg_cutoff", call_kwargs=lambda pipe, o: cutoff(pipe, o.cutoff)),
+)
+
+# What is compiled must be final, what is quantised must be fused before, and only what stays need be fused. The last
+# step changes the call alone and has no place here.
+ORDER = ("baseline_fp32", "bf16", "sdpa", "tiny_vae", "fused_qkv", "int8", "dpm_20", "compile")
+
+
+def prepare(pipe, ids, **options):
+    """Apply the steps `ids` to a stock pipeline, whatever their order here; returns (pipe, call_kwargs).
+
+    A picture is then `pipe(prompt, **call_kwargs)`. `options` are the fields of `Options`. Steps the pipeline carries
+    already are not applied again; there is no way back but to load it again.
+    Raises UserError for an unknown step or option, for an option out of range, for a step that had to come before one
+    the pipeline carries, and when a step cannot be applied. Introduced in notebooks/10_the_whole_path.
+    """
+    known = {step.id: step for step in STEPS}
+    for unknown in (i for i in ids if i not in known):
+        raise UserError(f"unknown step '{unknown}': choose from {', '.join(known)}")
+    names = [field.name for field in fields(Options)]
+    for unknown in (name for name in options if name not in names):
+        raise UserError(f"unknown option '{unknown}': choose from {', '.join(names)}")
+    o = Options(**options)
+    if o.steps < 1:
+        raise UserError(f"{o.steps} steps draw no picture: use 1 or more")
+    applied = getattr(pipe, "_sdopt_steps", ())
+    new = [i for i in ORDER if i in ids and i not in applied]
+    for i in new:
+        after = [other for other in applied if ORDER.index(other) > ORDER.index(i)]
+        if after:
+            raise UserError(f"'{i}' comes before '{after[0]}', which this pipeline carries: load it again, prepare it once")
+    call_kwargs = {}
+    for step in STEPS:
+        if step.id in ids:
+            call_kwargs |= step.call_kwargs(pipe, o)
+    for i in new:
+        known[i].apply(pipe, o)
+        pipe._sdopt_steps = applied = (*applied, i)
+    return pipe, call_kwargs

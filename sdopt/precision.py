@@ -1,0 +1,57 @@
+"""Steps 1 and 2: the number formats. What fp32 really means on a GPU, and half precision."""
+
+import torch
+
+from sdopt.errors import UserError
+
+# (matrix products, cuDNN convolutions) may round their fp32 inputs to TF32's 10-bit mantissa. PyTorch's default is
+# the first; a baseline that says "fp32" without saying which is off by up to the speed of a tensor core.
+TF32 = {"convolutions": (False, True), "everywhere": (True, True), "nowhere": (False, False)}
+
+
+def set_tf32(policy: str) -> None:
+    """Allow TF32 in "convolutions" (PyTorch's default), "everywhere" or "nowhere"; a process-wide switch.
+
+    Raises UserError for another word. Source: https://docs.pytorch.org/docs/stable/notes/cuda.html (TF32 on Ampere).
+    Introduced in notebooks/01_baseline_fp32.
+    """
+    if policy not in TF32:
+        raise UserError(f"unknown TF32 policy '{policy}': choose one of {', '.join(TF32)}")
+    # The older of PyTorch's two TF32 interfaces: Inductor reads these, and refuses a process that has used both.
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = TF32[policy]
+
+
+def full_precision(pipe, tf32: str = "convolutions"):
+    """Step 1: every module of `pipe` in float32, TF32 as `tf32` says (see `set_tf32`); returns `pipe`.
+
+    Raises UserError for an unknown TF32 policy. Introduced in notebooks/01_baseline_fp32.
+    """
+    set_tf32(tf32)
+    return _to(pipe, torch.float32)
+
+
+def half_precision(pipe, dtype: torch.dtype | None = None):
+    """Step 2: every module of `pipe` in a 16-bit float, by default the one `half_dtype` picks; returns `pipe`.
+
+    The VAE goes along. In bfloat16 that is safe, its range is float32's. In float16 SDXL's VAE overflows: the stock
+    pipeline knows (`vae.config.force_upcast`) and runs that decoder in float32, which costs time but no picture.
+    Raises UserError for a dtype that is no 16-bit float.
+    Source: diffusers' "Accelerate inference" tutorial. Introduced in notebooks/02_bf16.
+    """
+    dtype = dtype or half_dtype(pipe.unet.device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(f"{dtype} is no half precision: use torch.bfloat16 or torch.float16")
+    return _to(pipe, dtype)
+
+
+def half_dtype(device) -> torch.dtype:
+    """bfloat16, or float16 on a CUDA device before compute capability 8.0, which only emulates bfloat16."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _to(pipe, dtype):
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return pipe if all(module.dtype == dtype for module in modules) else pipe.to(dtype)

@@ -1,0 +1,158 @@
+"""Step 6: int8 matrix products by torchao, and which layers gain from them. The only file that imports torchao."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from sdopt.errors import UserError
+
+SMALLEST = 64
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers left in half precision, and why. `covers(name, parent, inputs, outputs)`: does the rule cover this layer?"""
+
+    name: str
+    reason: str
+    covers: Callable[[str, nn.Module, int, int], bool]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer or 1x1 convolution: its place, its size, and the rule that leaves it as it is (None: int8)."""
+
+    model: str
+    name: str
+    inputs: int
+    outputs: int
+    convolution: bool
+    rule: Rule | None
+
+    @property
+    def quantised(self) -> bool:
+        return self.rule is None
+
+
+def _unused(name, parent, inputs, outputs):
+    last = name.rsplit(".", 1)[-1]
+    fused = isinstance(parent, Attention) and parent.fused_projections
+    return fused and (last in ("to_k", "to_v") or (last == "to_q" and not parent.is_cross_attention))
+
+
+def _has(*parts):
+    return lambda name, parent, inputs, outputs: any(part in name for part in parts)
+
+
+def _shape(*shapes):
+    return lambda name, parent, inputs, outputs: (inputs, outputs) in shapes
+
+
+ALWAYS = (
+    Rule("unused", "an original that fused projections left behind: it is never called", _unused),
+    Rule(
+        "time embedding",
+        "one row a sample: nothing to win, and int8 products on a GPU need more than 16 rows",
+        _has("time_emb", "add_embedding", "class_embedding"),
+    ),
+    Rule(
+        "shortcut",
+        "the 1x1 convolution around a residual block: its sums want the precision, and the convolution is fast already",
+        _has("conv_shortcut"),
+    ),
+    Rule("latents", "4 to 8 channels: the VAE's convolutions beside the latents", _has("quant_conv")),
+)
+# For any model. The product saves inputs * outputs a row, rounding its input costs `inputs`, rescaling its output
+# `outputs`: the smaller of the two is how often the cost is paid back.
+GENERAL = ALWAYS + (
+    Rule("prompt", "keys and values of the prompt: a few dozen rows", _has("attn2.to_k", "attn2.to_v", "attn2.add_")),
+    Rule(
+        "small",
+        f"fewer than {SMALLEST} inputs or outputs: rounding and rescaling cost what the product saves",
+        lambda name, parent, inputs, outputs: min(inputs, outputs) < SMALLEST,
+    ),
+)
+# For Stable Diffusion XL: the shapes that diffusers' tutorial measured on an A100 as not gaining.
+SDXL = ALWAYS + (
+    Rule("prompt", "keys and values of the prompt: 77 rows a sample", _shape((2048, 640), (2048, 1280), (2048, 2560))),
+    Rule(
+        "640 wide",
+        "the outer blocks' attention and feed-forward: 640 inputs do not pay back the rounding",
+        _shape((640, 640), (640, 1920), (640, 5120)),
+    ),
+    Rule("decoder", "the VAE's one attention block", _shape((512, 512), (512, 1536))),
+    Rule("small", "16 inputs or fewer", lambda name, parent, inputs, outputs: inputs <= 16),
+)
+
+
+def rules(pipe) -> tuple[Rule, ...]:
+    """The rules for this pipeline: SDXL where the UNet is Stable Diffusion XL's, GENERAL for any other."""
+    config = pipe.unet.config
+    sdxl = list(config.block_out_channels) == [320, 640, 1280] and config.cross_attention_dim == 2048
+    return SDXL if sdxl else GENERAL
+
+
+def explain(pipe) -> list[Layer]:
+    """Every linear layer and 1x1 convolution of UNet and VAE decoder, with the rule that spares it from int8, if any.
+
+    The same before and after `int8`. Introduced in notebooks/06_int8.
+    """
+    chosen = rules(pipe)
+    layers = []
+    for model, root in _models(pipe).items():
+        for path, module in root.named_modules():
+            convolution = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+            if not convolution and not isinstance(module, nn.Linear):
+                continue
+            outputs, inputs = module.weight.shape[:2]
+            name = path.removesuffix(".mod")  # where a convolution was made a linear layer
+            parent = root.get_submodule(name.rpartition(".")[0])
+            rule = next((rule for rule in chosen if rule.covers(name, parent, inputs, outputs)), None)
+            layers.append(Layer(model, name, inputs, outputs, convolution or name != path, rule))
+    return layers
+
+
+def int8(pipe):
+    """Step 6: int8 weights, and inputs rounded to int8 as they come, in the layers `explain` marks; returns `pipe`.
+
+    Weights: one scale an output channel. Inputs: one scale a row, found anew at every call ("dynamic"). 1x1
+    convolutions among the layers become linear layers first. Eager it is slower: rounding must be fused to pay, so
+    compile next.
+    Raises UserError when the pipeline is compiled already.
+    Source: diffusers' "Accelerate inference" tutorial; https://github.com/pytorch/ao. Introduced in notebooks/06_int8.
+    """
+    if any(part._compiled_call_impl is not None for model in _models(pipe).values() for part in model.modules()):
+        raise UserError("a compiled pipeline cannot be quantised: load it again and apply int8 before compile")
+    quantization = _torchao()
+    layers = explain(pipe)
+    for model, root in _models(pipe).items():
+        chosen = {layer.name for layer in layers if layer.model == model and layer.quantised}
+        quantization.swap_conv2d_1x1_to_linear(root, lambda part, name: isinstance(part, nn.Conv2d) and name in chosen)
+        quantization.quantize_(
+            root,
+            # its own Inductor settings would be set as globals, for every later compilation in the process
+            quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+            lambda part, name: (
+                isinstance(part, nn.Linear)
+                and name.removesuffix(".mod") in chosen
+                and not isinstance(part.weight, quantization.Int8Tensor)
+            ),
+        )
+    return pipe
+
+
+def _models(pipe):
+    return {"unet": pipe.unet, "vae": pipe.vae.decoder}
+
+
+def _torchao():
+    if not torch.cuda.is_available():
+        # its CUDA kernels cannot load here, and it would warn of each
+        os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    import torchao.quantization
+
+    return torchao.quantization

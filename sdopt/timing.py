@@ -1,0 +1,152 @@
+"""Time and memory of a call: whole calls by the host's clock, their stages by events, the first call apart."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+
+from sdopt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the first call and of each later one; peak memory in bytes and what it is the peak of."""
+
+    first_call_s: float
+    runs_s: tuple[float, ...]
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs_s)
+
+    @property
+    def p20(self) -> float:
+        return self._percentile(20)
+
+    @property
+    def p80(self) -> float:
+        return self._percentile(80)
+
+    def _percentile(self, percent):
+        if len(self.runs_s) == 1:
+            return self.runs_s[0]
+        return statistics.quantiles(self.runs_s, n=100, method="inclusive")[percent - 1]
+
+
+def measure(call: Callable[[], object], runs: int) -> Timing:
+    """Time `call()`: once to warm up, timed apart, then `runs` times; seconds by a host clock, GPU synchronised.
+
+    The first call compiles, captures and picks kernels, so it is no sample of the others. Peak memory is that of the
+    later calls on a GPU (what PyTorch allocated there), and the process's peak resident set on a CPU, which cannot be
+    reset and so counts loading and compiling as well.
+    Raises UserError for fewer than 1 run. Introduced in notebooks/00_measure_first.
+    """
+    if runs < 1:
+        raise UserError(f"{runs} runs measure nothing: use 1 or more")
+    first = _timed(call)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    times = tuple(_timed(call) for _ in range(runs))
+    if torch.cuda.is_available():
+        return Timing(first, times, torch.cuda.max_memory_allocated(), "CUDA memory allocated by PyTorch")
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Timing(first, times, peak, "resident set of the process")
+
+
+def stages(pipe, call: Callable[[], object]) -> dict:
+    """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
+
+    Returns {"text_encoder", "unet", "unet_calls", "scheduler", "vae"}, VAE encoding included. On a GPU the times are
+    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait. One extra
+    call: run it after the timed ones, it costs them nothing. A compiled module is timed from outside and not compiled
+    again. Introduced in notebooks/00_measure_first.
+    """
+    watch = _CudaWatch() if pipe.unet.device.type == "cuda" else _CpuWatch()
+    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    with ExitStack() as stack:
+        for module in encoders:
+            stack.enter_context(_watched(module, "_compiled_call_impl", watch, "text_encoder", _run(module)))
+        stack.enter_context(_watched(pipe.unet, "_compiled_call_impl", watch, "unet", _run(pipe.unet)))
+        for method in ("scale_model_input", "step"):
+            stack.enter_context(_watched(pipe.scheduler, method, watch, "scheduler"))
+        for method in ("encode", "decode"):
+            stack.enter_context(_watched(pipe.vae, method, watch, "vae"))
+        call()
+    ms = dict.fromkeys(("text_encoder", "unet", "unet_calls", "scheduler", "vae"), 0)
+    for stage, span in watch.read():
+        ms[stage] += span
+        ms["unet_calls"] += stage == "unet"
+    return ms
+
+
+def _timed(call):
+    _synchronise()
+    start = time.perf_counter()
+    call()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _run(module):
+    # A module's call goes through this slot when torch.compile has filled it. Unlike a hook, a function put there is
+    # not part of what the compiler traced, so nothing is compiled again.
+    return module._compiled_call_impl or module._call_impl
+
+
+@contextmanager
+def _watched(owner, name, watch, stage, inner=None):
+    """Within, `owner.name` reports each of its calls to `watch`."""
+    inner = inner or getattr(owner, name)
+    was_own, before = name in vars(owner), vars(owner).get(name)
+
+    @wraps(inner)  # pipelines look at the signature of scheduler.step
+    def watched(*args, **kwargs):
+        start = watch.mark()
+        result = inner(*args, **kwargs)
+        watch.spans.append((stage, start, watch.mark()))
+        return result
+
+    object.__setattr__(owner, name, watched)
+    try:
+        yield
+    finally:
+        if was_own:
+            object.__setattr__(owner, name, before)
+        else:
+            object.__delattr__(owner, name)
+
+
+class _CpuWatch:
+    def __init__(self):
+        self.spans = []
+
+    def mark(self):
+        return time.perf_counter()
+
+    def read(self):
+        return [(stage, (end - start) * 1e3) for stage, start, end in self.spans]
+
+
+class _CudaWatch(_CpuWatch):
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self):
+        torch.cuda.synchronize()
+        return [(stage, start.elapsed_time(end)) for stage, start, end in self.spans]
