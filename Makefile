@@ -1,6 +1,8 @@
 # `make run` walks the nine steps with pocket; `make test` runs the tests. Both set up .venv first, once.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
+# OpenMP threads that spin while they wait starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 

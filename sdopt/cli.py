@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from sdopt.errors import UserError
@@ -71,15 +72,21 @@ def _run(options):
     shared = walk.settings(
         name, options.weights, options.height, options.width, options.steps, options.batch, options.runs
     )
-    only = options.only.split(",") if options.only else None
-    with tqdm(total=len(only or walk.NUMBERS), unit="row", bar_format="{desc:44} {bar} {n}/{total} [{elapsed}]") as bar:
+    ids = walk.rows_to_measure(
+        options.out, device, options.only.split(",") if options.only else None, options.cutoff
+    )
+    with ExitStack() as stack:
+        bars = []
 
         def progress(done, text):
-            bar.n = done
-            bar.set_description_str(text)
+            if not bars:  # not before the first news, so that bad weights are answered by one line and no bar
+                look = "{desc:36} {bar} {n}/{total} [{elapsed}]"
+                bars.append(stack.enter_context(tqdm(total=len(ids), unit="row", bar_format=look)))
+            bars[0].n = done
+            bars[0].set_description_str(text)
 
-        result = walk.walk(shared, device, options.out, only, options.cutoff, progress)
-        progress(len(result["rows"]), "done")
+        result = walk.walk(shared, ids, device, options.out, options.cutoff, progress)
+        progress(len(ids), "done")
     print(report.text(result))
     written = Path(options.out) / f"{result['study']}.json"
     figures.path_figure(written, options.out, written.with_suffix(".png"))

@@ -111,32 +111,32 @@ def _headline(result):
 BLOCKS = {"table": _markdown, "headline": _headline}
 
 
-def add(out, root=ROOT):
+def add(out, root=None):
     """Copy the path studies that `sdopt run` wrote into `out`, with their pictures, to figures/data/<machine>."""
     found = sorted(Path(out).glob("*-path.json"))
     if not found:
         raise UserError(f"{out} holds no result of a run: run `sdopt run --out {out}` first")
     for path in found:
         result = results.read(path)
-        target = Path(root) / "figures" / "data" / results.machine_name(result["environment"]) / path.stem
+        target = Path(root or ROOT) / "figures" / "data" / results.machine_name(result["environment"]) / path.stem
         for picture in sorted(path.parent.glob("[0-9]*-*.png")):
             results.write_whole(target / picture.name, picture.read_bytes())
         results.write(target.with_suffix(".json"), result)
     return ", ".join(path.name for path in found)
 
 
-def renew(root=ROOT):
+def renew(root=None):
     """Write every stale figure and README block again; returns the paths written."""
     written = []
-    for path, make in _stale(Path(root)):
+    for path, make in _stale(Path(root or ROOT)):
         make()
         written.append(path)
     return written
 
 
-def stale(root=ROOT):
+def stale(root=None):
     """The figures and pages that no longer match figures/data."""
-    return [path for path, _ in _stale(Path(root))]
+    return [path for path, _ in _stale(Path(root or ROOT))]
 
 
 def _stale(root):

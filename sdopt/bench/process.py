@@ -1,6 +1,7 @@
 """Run one function in a fresh process; whatever becomes of it, the caller gets an answer."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -9,7 +10,8 @@ import traceback
 from sdopt.errors import UserError
 
 # What every row imports anyway, loaded once into the fork server. Importing neither runs an op nor starts CUDA there.
-PRELOAD = ["sdopt.models", "sdopt.path", "sdopt.timing", "torchmetrics"]
+PRELOAD = ["sdopt.bench.row"]
+GRACE_S = 20.0  # for a process that has answered to put its things away
 
 
 class RowFailed(Exception):
@@ -24,6 +26,9 @@ def context(device):
     """
     if str(device).startswith("cuda"):
         return multiprocessing.get_context("spawn")
+    # OpenMP's threads otherwise wait for each other by spinning, and whatever else runs on the machine then costs a row
+    # not its share of the time but many times that.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
     return server
@@ -36,13 +41,14 @@ def call(ctx, function, job, on_phase, limit_s):
     than `limit_s` seconds, and UserError when it raises one.
     """
     here, there = ctx.Pipe(duplex=False)
-    process = ctx.Process(target=_child, args=(there, function, job), daemon=True)
+    process = ctx.Process(target=_child, args=(there, function, job))
     process.start()
     there.close()
-    deadline = time.monotonic() + limit_s
+    deadline, answered = time.monotonic() + limit_s, False
     try:
         while here.poll(max(0.0, deadline - time.monotonic())):
             kind, value = here.recv()
+            answered = kind != "phase"
             if kind == "phase":
                 on_phase(value)
             elif kind == "done":
@@ -56,10 +62,10 @@ def call(ctx, function, job, on_phase, limit_s):
         process.join()
         raise RowFailed(_death(process.exitcode)) from None
     finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
         here.close()
+        process.join(GRACE_S if answered else 0)
+        process.kill()
+        process.join()
 
 
 def _child(pipe, function, job):

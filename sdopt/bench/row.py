@@ -1,9 +1,12 @@
 """What happens in the process of one row: load, prepare, time, look."""
 
+import os
 from dataclasses import dataclass, field
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 
 from sdopt import compilation, models, path, schedulers, timing
 from sdopt.bench.process import RowFailed
@@ -31,7 +34,8 @@ class Job:
 
 def measure(job, tell):
     """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
-    tell("loading")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -97,5 +101,6 @@ def as_run(pipe):
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "compiled": compilation.compiled_kind(pipe),
     }

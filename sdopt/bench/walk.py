@@ -26,7 +26,8 @@ def settings(name, weights=None, height=None, width=None, steps=None, batch=1, r
     for option, value in (("steps", steps), ("batch", batch), ("runs", runs)):
         if value is not None and value < 1:
             raise UserError(f"--{option} {value} is too few: use 1 or more")
-    height, width = height or model.height, width or model.width
+    height = model.height if height is None else height
+    width = model.width if width is None else width
     models.check_size(height, width)
     return {
         "model": name,
@@ -43,12 +44,10 @@ def settings(name, weights=None, height=None, width=None, steps=None, batch=1, r
     }
 
 
-def walk(shared, device, out, only=None, cutoff=0.4, progress=lambda done, text: None):
-    """Measure the path with the `shared` settings; returns the result, written to `out` after every row.
+def rows_to_measure(out, device, only=None, cutoff=0.4):
+    """The ids of the rows a walk measures, in order: all, or those in `only` (each still applies all steps before it).
 
-    `only`: ids of the rows to measure (each still applies all steps before it). `progress(done, text)` is told how many
-    rows are done and what is under way. A row that fails is recorded and the walk goes on. Raises UserError for bad
-    settings or an unusable `out`, before anything is measured.
+    Raises UserError for an absent device, a step or a cutoff there is none of, or an `out` that cannot be written to.
     """
     models.check_device(device)
     if not 0 <= cutoff <= 1:
@@ -56,8 +55,17 @@ def walk(shared, device, out, only=None, cutoff=0.4, progress=lambda done, text:
     unknown = [i for i in only or () if i not in NUMBERS]
     if unknown:
         raise UserError(f"unknown step '{unknown[0]}': choose from {', '.join(NUMBERS)}")
+    _check_room(Path(out))
+    return [i for i in NUMBERS if only is None or i in only]
+
+
+def walk(shared, ids, device, out, cutoff=0.4, progress=lambda done, text: None):
+    """Measure the rows `ids` with the `shared` settings; returns the result, written to `out` after every row.
+
+    `progress(done, text)` is told how many rows are done and what is under way, once the model has loaded. A row that
+    fails is recorded and the walk goes on. Raises UserError when the model cannot be loaded.
+    """
     out = Path(out)
-    _check_room(out)
     study = f"{shared['model']}-path"
     result = {
         "schema": results.SCHEMA,
@@ -66,9 +74,8 @@ def walk(shared, device, out, only=None, cutoff=0.4, progress=lambda done, text:
         "settings": {**shared, "device": device},
         "rows": [],
     }
-    ids = [i for i in NUMBERS if only is None or i in only]
-    ctx = process.context(device)
     judge = Judge(shared)
+    ctx = process.context(device)
     for done, i in enumerate(ids):
         job = _job(shared, judge, device, tuple(NUMBERS)[: NUMBERS[i]], cutoff)
         row, images = _measured(ctx, i, job, lambda phase: progress(done, f"{i}: {phase}"))
@@ -156,6 +163,7 @@ class Judge:
         self.prompts = tuple(tuple(texts[k] for k in chunk) for chunk in chunks)
         self.seeds = tuple(tuple(shared["seed"] + k for k in chunk) for chunk in chunks)
         self.noise = shared["weights"] == "random"
+        self.oracle = load_oracle() if self.scenes else None
         self.seen = {}
 
     def judge(self, i, images):
@@ -164,8 +172,8 @@ class Judge:
             return None
         pictures = self.seen[i] = [Image.fromarray(pixels) for batch in images for pixels in batch]
         seen = {}
-        if self.scenes:
-            readings = load_oracle().read(pictures)
+        if self.oracle:
+            readings = self.oracle.read(pictures)
             seen = quality.adherence([scene.compare(r) for scene, r in zip(self.scenes, readings, strict=True)])
         before = list(NUMBERS)[max(0, NUMBERS[i] - 2)]
         for name, other in (("against_baseline", BASELINE), ("against_previous", before)):

@@ -1,0 +1,173 @@
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from made_up import row as made_up_row
+
+from sdopt import models, results
+from sdopt.bench import notes, process, walk
+from sdopt.bench.row import noise
+from sdopt.errors import UserError
+from sdopt.path import STEPS
+
+CPU = process.context("cpu")
+COUNTER = []
+
+
+def answer(job, tell):
+    tell("thinking")
+    COUNTER.append(job)
+    return len(COUNTER)
+
+
+def fail(job, tell):
+    raise ArithmeticError("not finite\nand a second line")
+
+
+def refuse(job, tell):
+    raise UserError("give another folder")
+
+
+def die(job, tell):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(job, tell):
+    os._exit(3)
+
+
+def hang(job, tell):
+    time.sleep(60)
+
+
+def call(function, limit_s=60.0, on_phase=lambda phase: None):
+    return process.call(CPU, function, "job", on_phase, limit_s)
+
+
+def test_every_call_starts_from_a_clean_process_and_tells_its_phases():
+    phases = []
+    assert [call(answer, on_phase=phases.append) for _ in range(2)] == [1, 1]
+    assert phases == ["thinking"] * 2
+    assert COUNTER == []
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (fail, "^ArithmeticError: not finite$"),
+        (die, "^killed by SIGKILL, perhaps for want of memory$"),
+        (leave, "^its process ended with exit code 3$"),
+    ],
+)
+def test_whatever_becomes_of_the_process_there_is_a_reason(function, why):
+    with pytest.raises(process.RowFailed, match=why):
+        call(function)
+
+
+def test_a_process_that_hangs_is_ended():
+    start = time.monotonic()
+    with pytest.raises(process.RowFailed, match="stopped after 1 s"):
+        call(hang, limit_s=1.0)
+    assert time.monotonic() - start < 30
+
+
+def test_bad_input_found_in_the_process_is_bad_input_here():
+    with pytest.raises(UserError, match="give another folder"):
+        call(refuse)
+
+
+# A walk over made-up measurements: the second row dies, the third raises.
+SECONDS = {1: 4.0, 4: 1.0, 5: 1.01, 6: 2.02}
+
+
+def pretend(job, tell):
+    n = len(job.ids)
+    if n == 2:
+        die(job, tell)
+    if n == 3 and not job.channels_last:
+        fail(job, tell)
+    numbers = made_up_row(job.ids[-1], SECONDS.get(n, 0.5))
+    numbers = {key: numbers[key] for key in ("latency_s", "first_call_s", "peak_memory_bytes", "stages_ms", "as_run")}
+    drawn_with = {"steps": min(20, job.steps) if n >= 8 else job.steps, "guidance_scale": 3.0, "scheduler": "euler"}
+    shape = (len(job.prompts[0]), job.height, job.width, 3)
+    images = [np.full(shape, 10 * n, np.uint8) for _ in job.prompts]
+    return {**numbers, "drawn_with": drawn_with}, images
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def walked(out):
+    (out / "2-bf16.png").write_bytes(b"of an earlier run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "measure", pretend)
+        return walk.walk(walk.settings("pocket", runs=2, height=64, width=64), list(walk.NUMBERS), "cpu", out)
+
+
+def test_a_walk_goes_on_after_failed_rows_and_writes_what_it_returns(walked, out):
+    assert [row["id"] for row in walked["rows"]] == [step.id for step in STEPS]
+    status = {row["id"]: row["status"] for row in walked["rows"]}
+    assert status.pop("bf16") == "failed: killed by SIGKILL, perhaps for want of memory"
+    assert status.pop("sdpa") == "failed: ArithmeticError: not finite"
+    assert set(status.values()) == {"ok"}
+    assert results.read(out / "pocket-path.json") == walked
+
+
+def test_every_measured_row_has_its_picture_and_no_failed_row_an_old_one(walked, out):
+    pictures = {path.name for path in out.glob("*.png")}
+    numbered = enumerate((step.id for step in STEPS), 1)
+    assert pictures == {f"{n}-{i}.png" for n, i in numbered if i not in ("bf16", "sdpa")}
+
+
+def test_quality_compares_with_the_baseline_and_the_step_before(walked):
+    quality = {row["id"]: row["quality"] for row in walked["rows"]}
+    assert quality["bf16"] is None
+    assert quality["baseline_fp32"]["against_baseline"] is None
+    assert quality["compile"]["against_baseline"]["max_abs"] == 30
+    assert quality["compile"]["against_previous"] is None, "the step before failed"
+    assert quality["int8"]["against_previous"]["max_abs"] == 10
+    assert quality["int8"]["objects"]["n"] >= 2
+
+
+def test_rows_say_what_differs_and_what_did_not_help(walked):
+    rows = {row["id"]: row for row in walked["rows"]}
+    assert rows["compile"]["settings"] == {}
+    assert rows["dpm_20"]["settings"] == {"steps": 20}
+    assert rows["cfg_cutoff"]["settings"] == {"steps": 20, "cutoff": 0.4}
+    assert rows["fused_qkv"]["note"].startswith("no clear difference from the step before (0.99x): ")
+    assert rows["int8"]["note"].startswith("slower than the step before (0.50x): ")
+    assert rows["tiny_vae"]["note"] is None
+    assert rows["compile"]["apart"]["channels_last"]["latency_s"]["median"] == 0.5
+
+
+def test_every_step_has_a_reason_why_it_may_not_help():
+    assert set(notes.REASONS) == {step.id for step in STEPS[1:]}
+    assert all(reasons.keys() == {"cpu", "cuda"} for reasons in notes.REASONS.values())
+
+
+def test_noise_is_not_judged():
+    judge = walk.Judge(walk.settings("sdxl", "random", runs=2))
+    assert judge.judge("bf16", [np.zeros((1, 8, 8, 3), np.uint8)]) is None
+
+
+def test_prompts_and_seeds_are_the_same_for_every_row_and_differ_between_pictures():
+    judge = walk.Judge(walk.settings("pocket", runs=2, batch=3))
+    assert [len(prompts) for prompts in judge.prompts] == [3, 3]
+    assert len({prompt for prompts in judge.prompts for prompt in prompts}) == 6
+    assert judge.seeds == ((0, 1, 2), (3, 4, 5))
+    sd15 = walk.Judge(walk.settings("sd15", runs=2))
+    assert sd15.prompts == ((models.MODELS["sd15"].prompt,),) * 2
+
+
+def test_noise_is_the_same_whatever_the_dtype_and_the_batch():
+    pipe = models.load("pocket")
+    full = noise(pipe, 64, 128, (0, 1))
+    assert full.shape == (2, 4, 8, 16)
+    half = noise(pipe.to(dtype := full.bfloat16().dtype), 64, 128, (1,))
+    assert half.dtype == dtype
+    assert (half[0] == full[1].to(dtype)).all()
