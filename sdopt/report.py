@@ -10,6 +10,10 @@ from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- sdopt (\w+) ([\w./-]+) -->\n)(.*?)(<!-- /sdopt -->)", re.DOTALL)
+COMPILED = {
+    "whole": "UNet and VAE decoder compiled whole, one graph each",
+    "regional": "regional compilation, the UNet's attention blocks alone",
+}
 HEADER = (
     *("step", "median", "p20 to p80", "first call", "peak memory", "baseline /", "before /"),
     *("objects", "relations", "PSNR to baseline", "to before"),
@@ -58,7 +62,7 @@ def remarks(result):
         if row["status"] != "ok":
             continue
         if row["id"] == "compile":
-            said.append(f"compile: {row['as_run']['compiled']}")
+            said.append(f"compile and after: {COMPILED[row['as_run']['compiled']]}")
         apart = row.get("apart", {}).get("channels_last", {})
         if "latency_s" in apart:
             median = figures.seconds(apart["latency_s"]["median"])

@@ -29,7 +29,7 @@ def row(i, seconds, **more):
             "against_baseline": None if i == IDS[0] else drift,
             "against_previous": None if i == IDS[0] else drift,
         },
-        "as_run": {"compiled": "not"},
+        "as_run": {"compiled": "regional"},
         "status": "ok",
     } | more
 

@@ -74,7 +74,7 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
 
 def test_an_out_that_cannot_be_a_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "give another folder" in refused(capsys, "run", "--out", tmp_path / "file")
+    assert "give another folder" in refused(capsys, "run", "--model", "pocket", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -101,10 +101,10 @@ def test_a_failed_row_is_told_and_not_compared_with():
 
 def test_remarks_name_the_kind_of_compilation_the_layout_and_what_did_not_help():
     told = result()
-    told["rows"][3] |= {"as_run": {"compiled": "regional"}, "apart": {"channels_last": {"latency_s": {"median": 1.9}}}}
+    told["rows"][3] |= {"apart": {"channels_last": {"latency_s": {"median": 1.9}}}}
     told["rows"][5]["note"] = "slower than the step before (0.67x): because"
     assert report.remarks(told) == [
-        "compile: regional",
+        "compile and after: regional compilation, the UNet's attention blocks alone",
         "compile: the channels_last layout alone, uncompiled, takes 1.90 s",
         "int8: slower than the step before (0.67x): because",
     ]

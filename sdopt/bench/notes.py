@@ -6,24 +6,24 @@ SUBJECTS = ("steps", "scheduler", "cutoff")  # the settings that steps of the pa
 
 REASONS = {
     "bf16": {
-        "cpu": "bf16 pays on a CPU with bf16 matrix units (AMX, AVX512-BF16) and layers large enough to fill them",
-        "cuda": "half precision pays where tensor cores are the limit; here launches or memory are",
+        "cpu": "bf16 pays on a CPU only with bf16 matrix units (AMX, AVX512-BF16) and layers large enough to fill them",
+        "cuda": "half precision pays where tensor cores or memory are the limit, and here kernel launches are",
     },
     "sdpa": {
-        "cpu": "attention is a small part of this UNet, and its matrices fit in the CPU's caches already",
+        "cpu": "attention is a small part of this UNet, and its matrices fit in the CPU's caches either way",
         "cuda": "attention over so few tokens is a small part of the step",
     },
     "compile": {
-        "cpu": "convolutions and matrix products stay with oneDNN; only the pointwise work between them can be fused",
+        "cpu": "convolutions and matrix products stay with oneDNN, and only the pointwise work between them can be fused",
         "cuda": "the GPU was already busy all the time, so fewer launches save little",
     },
     "fused_qkv": {
-        "cpu": "one wide product costs a CPU what three narrow ones do; it pays where launches or tiny products do not "
-        "fill the machine",
+        "cpu": "one wide product costs a CPU what three narrow ones do: fusing pays where three alone do not fill "
+        "the machine",
         "cuda": "the three products already filled the GPU, or the compiler hid their launches",
     },
     "int8": {
-        "cpu": "every layer must first find its input's range and round it; layers this small do not win that back",
+        "cpu": "every layer must first find its input's range and round it, and layers this small do not win that back",
         "cuda": "rounding the inputs costs as much as the int8 products save at these sizes",
     },
     "tiny_vae": {
@@ -50,4 +50,4 @@ def note(row, before, device):
     if ratio["clear"] and ratio["speedup"] > 1:
         return None
     verdict = "slower than the step before" if ratio["clear"] else "no clear difference from the step before"
-    return f"{verdict} ({ratio['speedup']:.2f}x): {reason}"
+    return f"{verdict} ({ratio['speedup']:.2f}x), likely because {reason}"

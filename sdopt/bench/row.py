@@ -1,6 +1,7 @@
 """What happens in the process of one row: load, prepare, time, look."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import diffusers
@@ -34,6 +35,7 @@ class Job:
 
 def measure(job, tell):
     """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's, about a cache key
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = models.load(job.model, job.weights, job.device)
