@@ -1,13 +1,12 @@
 # `make run` walks the nine steps with pocket; `make test` runs the tests. Both set up .venv first, once.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
-# OpenMP threads that spin while they wait starve each other on a busy machine.
-export OMP_WAIT_POLICY ?= passive
+# OpenMP threads that spin long while they wait starve each other on a busy machine.
+export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: run test report clean
-.DELETE_ON_ERROR:
 
 run: $(INSTALLED)
 	$(BIN)/sdopt run --model pocket --out out

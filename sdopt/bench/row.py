@@ -103,6 +103,6 @@ def as_run(pipe):
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "omp_spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "compiled": compilation.compiled_kind(pipe),
     }
