@@ -47,6 +47,6 @@ def test_make_sets_up_before_anything_else(target, tmp_path):
     commands = subprocess.run(
         ["make", "--dry-run", target, f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    torch_first = next(n for n, line in enumerate(commands) if "install" in line)
+    torch_first = next(n for n, line in enumerate(commands) if "pip install" in line)
     assert commands[torch_first].endswith("-c constraints.txt setuptools torch")
     assert commands[-1].endswith("run --model pocket --out out" if target == "run" else "pytest -q")
