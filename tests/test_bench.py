@@ -150,6 +150,25 @@ def test_every_step_has_a_reason_why_it_may_not_help():
     assert all(reasons.keys() == {"cpu", "cuda"} for reasons in notes.REASONS.values())
 
 
+@pytest.mark.parametrize(
+    ("i", "more", "before", "said"),
+    [
+        ("tiny_vae", {}, {}, "likely because decoding was only 9% of the step before"),
+        ("dpm_20", {}, {}, "likely because the step before took 12 steps, no more than this one"),
+        ("dpm_20", {"settings": {"steps": 6}}, {}, "though it takes fewer steps: measure again"),
+        ("cfg_cutoff", {"settings": {"cutoff": 0.9}}, {}, "and 90% of the steps keep the whole"),
+        ("bf16", {}, {"latency_s": {"median": 1, "p20": 0.8, "p80": 1.2}}, "p80 is 1.50 times p20: measure again"),
+    ],
+)
+def test_a_note_gives_a_reason_that_the_numbers_bear_out(i, more, before, said):
+    rows = made_up_row(i, 1.0, **more), made_up_row("before", 1.0, **before)
+    assert said in notes.note(*rows, {"steps": 12}, "cpu")
+
+
+def test_a_step_that_helps_needs_no_note():
+    assert notes.note(made_up_row("bf16", 1.0), made_up_row("baseline_fp32", 2.0), {"steps": 12}, "cpu") is None
+
+
 def test_noise_is_not_judged():
     judge = walk.Judge(walk.settings("sdxl", "random", runs=2))
     assert judge.judge("bf16", [np.zeros((1, 8, 8, 3), np.uint8)]) is None

@@ -1,4 +1,4 @@
-"""Why a step may not help: the known reason for each step on each kind of device, told only when the numbers ask."""
+"""Why a step may not help: the known reason for each step on each kind of device, told only when the numbers ask for one."""
 
 from sdopt.results import compare
 
@@ -26,28 +26,40 @@ REASONS = {
         "cpu": "every layer must first find its input's range and round it, and layers this small do not win that back",
         "cuda": "rounding the inputs costs as much as the int8 products save at these sizes",
     },
-    "tiny_vae": {
-        "cpu": "decoding happens once a picture, so little time was there to win",
-        "cuda": "decoding happens once a picture, so little time was there to win",
-    },
-    "dpm_20": {
-        "cpu": "the other rows took 20 steps or fewer already",
-        "cuda": "the other rows took 20 steps or fewer already",
-    },
+    "tiny_vae": dict.fromkeys(("cpu", "cuda"), "decoding was only {vae:.0%} of the step before"),
+    "dpm_20": dict.fromkeys(("cpu", "cuda"), "the step before took {steps} steps, no more than this one"),
     "cfg_cutoff": {
-        "cpu": "too few steps came after the cutoff",
-        "cuda": "after the cutoff the batch is half as large, and half a batch no longer fills the GPU",
+        "cpu": "half the batch does not halve the time of a step, and {guided:.0%} of the steps keep the whole",
+        "cuda": "half the batch no longer fills the GPU, and {guided:.0%} of the steps keep the whole",
     },
 }
+WIDE = 1.1  # p80 over p20: beyond it, something else was running too
 
 
-def note(row, before, device):
-    """One line on a step that did not help, None when it did: what was measured against `before`, and the reason."""
-    reason = REASONS.get(row["id"], {}).get("cuda" if str(device).startswith("cuda") else "cpu")
-    if reason is None:
+def note(row, before, settings, device):
+    """One line on a step that did not help, None when it did: what was measured, and the likely reason.
+
+    `before` is the row of the step before, `settings` what the two share.
+    """
+    if row["id"] not in REASONS:
         return None
     ratio = compare(row, before, about=SUBJECTS)
     if ratio["clear"] and ratio["speedup"] > 1:
         return None
     verdict = "slower than the step before" if ratio["clear"] else "no clear difference from the step before"
-    return f"{verdict} ({ratio['speedup']:.2f}x), likely because {reason}"
+    return f"{verdict} ({ratio['speedup']:.2f}x), {_reason(row, before, settings, device)}"
+
+
+def _reason(row, before, settings, device):
+    spread = max(r["latency_s"]["p80"] / r["latency_s"]["p20"] for r in (row, before))
+    if spread > WIDE:
+        return f"but p80 is {spread:.2f} times p20: measure again with nothing else running"
+    steps, steps_before = (r["settings"].get("steps", settings["steps"]) for r in (row, before))
+    if row["id"] == "dpm_20" and steps < steps_before:
+        return "though it takes fewer steps: measure again"
+    facts = {
+        "vae": before["stages_ms"]["vae"] / 1e3 / before["latency_s"]["median"],
+        "steps": steps_before,
+        "guided": row["settings"].get("cutoff", 1.0),
+    }
+    return "likely because " + REASONS[row["id"]]["cuda" if str(device).startswith("cuda") else "cpu"].format(**facts)

@@ -70,6 +70,7 @@ def call(ctx, function, job, on_phase, limit_s):
 
 
 def _child(pipe, function, job):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer, who ends this process
     try:
         answer = ("done", function(job, lambda phase: pipe.send(("phase", phase))))
     except UserError as error:

@@ -84,7 +84,7 @@ def walk(shared, ids, device, out, cutoff=0.4, progress=lambda done, text: None)
             results.write_whole(out / image_name(i), _png(images[0][0]))
             row["quality"] = judge.judge(i, images)
             before = next((r for r in result["rows"] if NUMBERS[r["id"]] == NUMBERS[i] - 1 and r["status"] == "ok"), None)
-            row["note"] = notes.note(row, before, device) if before else None
+            row["note"] = notes.note(row, before, shared, device) if before else None
         if i == "compile" and row["status"] == "ok":
             progress(done, "channels_last, apart")
             row["apart"] = {"channels_last": _channels_last(ctx, shared, judge, device)}
