@@ -89,9 +89,14 @@ def ends_of(result):
     return measured[0], measured[-1]
 
 
+def baseline(rows):
+    """The row all others are compared with, None where it was not measured."""
+    return next((row for row in rows if row["id"] == "baseline_fp32" and row["status"] == "ok"), None)
+
+
 def _ladder(axes, rows):
-    measured = [row for row in rows if row["status"] == "ok"]
-    longest = max((row["latency_s"]["p80"] for row in measured), default=1.0)
+    base = baseline(rows)
+    longest = max((row["latency_s"]["p80"] for row in rows if row["status"] == "ok"), default=1.0)
     for y, row in enumerate(rows):
         if row["status"] != "ok":
             axes.text(longest * 0.01, y, row["status"], va="center", fontsize=9, color=QUIET, style="italic")
@@ -103,8 +108,8 @@ def _ladder(axes, rows):
         middle = latency["median"]
         spread = [[middle - latency["p20"]], [latency["p80"] - middle]]
         axes.errorbar(middle, y, xerr=spread, fmt="o", color=INK, markersize=4, capsize=3, linewidth=1.2)
-        gain = measured[0]["latency_s"]["median"] / middle
-        axes.text(max(left, latency["p80"]) + longest * 0.015, y, f"{seconds(middle)}   {gain:.2f}x", va="center", color=INK)
+        gain = f"   {base['latency_s']['median'] / middle:.2f}x" if base else ""
+        axes.text(max(left, latency["p80"]) + longest * 0.015, y, seconds(middle) + gain, va="center", color=INK)
     axes.set_yticks(range(len(rows)), [f"{row['id']}" for row in rows], fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.2)

@@ -21,34 +21,32 @@ HEADER = (
 
 
 def table(result):
-    """The rows of a path study as text cells, under HEADER: times, memory, speed-ups, and what the pictures show."""
-    lines, base, before = [], None, None
+    """A path study as text cells, the first line HEADER: times, memory, speed-ups, and what the pictures show.
+
+    A column that no row fills (what random weights draw is not judged) is left out.
+    """
+    lines, before = [HEADER], None
+    base = figures.baseline(result["rows"])
     for row in result["rows"]:
-        if row["status"] != "ok":
-            lines.append([row["id"], row["status"]] + [""] * (len(HEADER) - 2))
-            before = None
-            continue
-        if not lines:
-            base = row
-        latency, quality = row["latency_s"], row["quality"] or {}
-        lines.append(
-            [
-                row["id"],
-                figures.seconds(latency["median"]),
-                f"{figures.seconds(latency['p20'])[:-2]} to {figures.seconds(latency['p80'])[:-2]}",
-                figures.seconds(row["first_call_s"]),
-                f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
-                _gain(row, base),
-                _gain(row, before),
-                *(figures.count(quality[f]) if quality.get(f, {}).get("n") else "" for f in ("objects", "relations")),
-                *(
-                    figures.decibels(quality[d]) if quality.get(d) else ""
-                    for d in ("against_baseline", "against_previous")
-                ),
-            ]
-        )
-        before = row
-    return lines
+        measured = row["status"] == "ok"
+        lines.append([row["id"], *(_cells(row, base, before) if measured else [row["status"]])])
+        before = row if measured else None
+    filled = [k for k in range(len(HEADER)) if any(len(line) > k and line[k] for line in lines[1:])]
+    return [[line[k] for k in filled] if len(line) > 2 else [*line, *[""] * (len(filled) - 2)] for line in lines]
+
+
+def _cells(row, base, before):
+    latency, quality = row["latency_s"], row["quality"] or {}
+    return [
+        figures.seconds(latency["median"]),
+        f"{figures.seconds(latency['p20'])[:-2]} to {figures.seconds(latency['p80'])[:-2]}",
+        figures.seconds(row["first_call_s"]),
+        f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        _gain(row, base),
+        _gain(row, before),
+        *(figures.count(quality[fact]) if quality.get(fact, {}).get("n") else "" for fact in ("objects", "relations")),
+        *(figures.decibels(quality[d]) if quality.get(d) else "" for d in ("against_baseline", "against_previous")),
+    ]
 
 
 def _gain(row, other):
@@ -74,8 +72,8 @@ def remarks(result):
 
 def text(result):
     """The table and its remarks for a terminal."""
-    cells = [list(HEADER), *table(result)]
-    widths = [max(len(line[k]) for line in cells if not line[1].startswith("failed")) for k in range(len(HEADER))]
+    cells = table(result)
+    widths = [max(len(line[k]) for line in cells if not line[1].startswith("failed")) for k in range(len(cells[0]))]
     lines = [
         f"{line[0]:{widths[0]}}  {line[1]}"
         if line[1].startswith("failed")
@@ -86,7 +84,8 @@ def text(result):
 
 
 def _markdown(result):
-    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *table(result)]
+    header, *lines = table(result)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{_first_upper(figures.described(result))}; {_versions(result)}.\n\n{rows}\n\n" + "\n".join(
         f"- {remark}" for remark in remarks(result)

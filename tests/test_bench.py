@@ -116,6 +116,7 @@ def test_a_walk_goes_on_after_failed_rows_and_writes_what_it_returns(walked, out
     assert status.pop("sdpa") == "failed: ArithmeticError: not finite"
     assert set(status.values()) == {"ok"}
     assert results.read(out / "pocket-path.json") == walked
+    assert walked["settings"]["prompts"][0] == walked["settings"]["prompt"]
 
 
 def test_every_measured_row_has_its_picture_and_no_failed_row_an_old_one(walked, out):

@@ -99,6 +99,14 @@ def test_a_failed_row_is_told_and_not_compared_with():
     assert "bf16" in report.text(failed)
 
 
+def test_without_a_baseline_nothing_is_compared_with_it_and_noise_has_no_quality():
+    part = result(weights="random")
+    part["rows"] = [row | {"quality": None} for row in part["rows"][1:3]]
+    header, *lines = report.table(part)
+    assert header[-2:] == ["peak memory", "before /"]
+    assert [line[-1] for line in lines] == ["", "1.02x"]
+
+
 def test_remarks_name_the_kind_of_compilation_the_layout_and_what_did_not_help():
     told = result()
     told["rows"][3] |= {"apart": {"channels_last": {"latency_s": {"median": 1.9}}}}

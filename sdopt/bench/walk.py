@@ -67,14 +67,14 @@ def walk(shared, ids, device, out, cutoff=0.4, progress=lambda done, text: None)
     """
     out = Path(out)
     study = f"{shared['model']}-path"
+    judge = Judge(shared)
     result = {
         "schema": results.SCHEMA,
         "study": study,
         "environment": results.environment(device),
-        "settings": {**shared, "device": device},
+        "settings": {**shared, "device": device, "prompts": [text for texts in judge.prompts for text in texts]},
         "rows": [],
     }
-    judge = Judge(shared)
     ctx = process.context(device)
     for done, i in enumerate(ids):
         job = _job(shared, judge, device, tuple(NUMBERS)[: NUMBERS[i]], cutoff)
