@@ -167,7 +167,6 @@ def test_pick_without_a_gpu_is_pocket(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_random_sd15_draws_finite_noise_on_a_gpu():
     pipe = models.load("sd15", "random", "cuda")
     image = pipe("a cat", num_inference_steps=2, output_type="np").images
