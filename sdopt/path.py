@@ -76,7 +76,7 @@ def prepare(pipe, ids, **options):
     Raises UserError for an unknown step or option, for an option out of range, for a step that had to come before one
     the pipeline carries, and when a step cannot be applied. Introduced in notebooks/10_the_whole_path.
     """
-    known = {step.id: step for step in STEPS}
+    ids, known = tuple(ids), {step.id: step for step in STEPS}
     for unknown in (i for i in ids if i not in known):
         raise UserError(f"unknown step '{unknown}': choose from {', '.join(known)}")
     names = [field.name for field in fields(Options)]

@@ -1,0 +1,66 @@
+import time
+
+import pytest
+from tiny import draw
+
+from sdopt.compilation import channels_last, compile_pipeline, graphs
+from sdopt.errors import UserError
+from sdopt.guidance import cutoff
+from sdopt.timing import Timing, measure, stages
+
+
+def test_the_first_call_is_apart_from_the_others():
+    naps = iter([0.2, 0.02, 0.04, 0.06, 0.08, 0.1])
+    timed = measure(lambda: time.sleep(next(naps)), 5)
+    assert timed.first_call_s >= 0.2
+    assert len(timed.runs_s) == 5 and max(timed.runs_s) < 0.2
+    assert min(timed.runs_s) <= timed.p20 < timed.median < timed.p80 <= max(timed.runs_s)
+
+
+def test_percentiles_lie_between_the_runs():
+    timed = Timing(9.0, (5.0, 1.0, 4.0, 2.0, 3.0), 0, "")
+    assert (timed.p20, timed.median, timed.p80) == (pytest.approx(1.8), 3.0, pytest.approx(4.2))
+    alone = Timing(9.0, (2.0,), 0, "")
+    assert (alone.p20, alone.median, alone.p80) == (2.0, 2.0, 2.0)
+
+
+def test_peak_memory_is_of_this_process_and_says_so():
+    small = measure(lambda: None, 1)
+    assert 2**26 < small.peak_memory_bytes < 2**36
+    assert small.peak_memory_of == "resident set of the process" or "CUDA" in small.peak_memory_of
+
+
+def test_no_runs_are_refused():
+    with pytest.raises(UserError, match="use 1 or more"):
+        measure(lambda: None, 0)
+
+
+def test_stages_add_up_to_the_call_and_leave_nothing_behind(pipe):
+    expected = draw(pipe, num_inference_steps=5, **cutoff(pipe, 0.4))
+    before = {part: set(vars(getattr(pipe, part))) for part in ("unet", "vae", "scheduler", "text_encoder")}
+    pictures = []
+    start = time.perf_counter()
+    ms = stages(pipe, lambda: pictures.append(draw(pipe, num_inference_steps=5, **cutoff(pipe, 0.4))))
+    whole = (time.perf_counter() - start) * 1e3
+    assert list(ms) == ["text_encoder", "unet", "unet_calls", "scheduler", "vae"]
+    assert ms["unet_calls"] == 5
+    spent = sum(ms.values()) - ms["unet_calls"]
+    assert 0.5 * whole < spent <= whole
+    assert all(ms[stage] > 0 for stage in ms)
+    assert {part: set(vars(getattr(pipe, part))) for part in before} == before
+    assert (pictures[0] == expected).all()
+
+
+def test_stages_of_a_compiled_pipeline_compile_nothing(sdxl, fresh_compiler):
+    compile_pipeline(channels_last(sdxl), "whole", backend="aot_eager")
+    draw(sdxl)
+    slot = sdxl.unet._compiled_call_impl
+    assert graphs(lambda: stages(sdxl, lambda: draw(sdxl))).compiled == 0
+    assert sdxl.unet._compiled_call_impl is slot
+    assert graphs(lambda: draw(sdxl)).compiled == 0
+
+
+def test_stages_are_restored_when_the_call_fails(sdxl):
+    with pytest.raises(ZeroDivisionError):
+        stages(sdxl, lambda: 1 / 0)
+    assert "decode" not in vars(sdxl.vae) and sdxl.unet._compiled_call_impl is None
