@@ -20,7 +20,8 @@ CUDA_OPTIONS = {
     "force_fuse_int_mm_with_mul": True,  # an int8 product is rescaled at once (no effect before step 6)
 }
 
-# The UNet's attention blocks: one class, few distinct shapes, so a handful of graphs serve the whole UNet.
+# The UNet's attention blocks: one class, few distinct shapes, so a handful of graphs serve the whole UNet. Not the
+# transformer blocks inside alone, which is diffusers' choice: the projections around them would round to int8 eagerly.
 REGIONS = ("Transformer2DModel",)
 
 # A region's graphs are counted against one limit, each size of each block being one. fullgraph=True makes passing it an
@@ -30,7 +31,7 @@ LIMIT = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was compiled: "whole" (UNet and VAE decoder, one graph each) or "regional" (`regions` blocks of the UNet)."""
+    """What was compiled: "whole" (UNet and VAE decoder, one graph each) or "regional" (so many blocks of the UNet)."""
 
     kind: str
     regions: int
@@ -83,8 +84,8 @@ def compile_pipeline(
 ) -> Compiled:
     """Step 4: compile UNet and VAE decoder in place with fullgraph=True; returns what was compiled.
 
-    `kind` None: "whole" on a GPU; on a CPU "regional", the UNet's attention blocks alone, since a whole UNet takes
-    minutes to compile there and oneDNN keeps the convolutions, so that neither it nor the VAE decoder gains more.
+    `kind` None: "whole" on a GPU; on a CPU "regional", the UNet's attention blocks alone: there a whole UNet takes a
+    minute or more to compile, and convolutions stay with oneDNN, so that it and the VAE decoder gain little.
     `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well) are
     merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
     The first call compiles; another size, batch or dtype compiles again. Applied twice it changes nothing.

@@ -78,6 +78,8 @@ def _conditional(value, rows):
 def _check(pipe):
     name = type(pipe).__name__
     if name not in PIPELINES:
-        raise UserError(f"guidance cannot be cut in a {name}: it keeps doubled inputs; use one of {', '.join(PIPELINES)}")
+        raise UserError(
+            f"guidance cannot be cut in a {name}, it keeps doubled inputs: use one of {', '.join(PIPELINES)}"
+        )
     if pipe.unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise UserError("guidance cannot be cut with an IP-Adapter, its image stays doubled: unload_ip_adapter() first")

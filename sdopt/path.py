@@ -90,7 +90,9 @@ def prepare(pipe, ids, **options):
     for i in new:
         after = [other for other in applied if ORDER.index(other) > ORDER.index(i)]
         if after:
-            raise UserError(f"'{i}' comes before '{after[0]}', which this pipeline carries: load it again, prepare it once")
+            raise UserError(
+                f"'{i}' comes before '{after[0]}', which this pipeline carries: load it again and prepare it once"
+            )
     call_kwargs = {}
     for step in STEPS:
         if step.id in ids:

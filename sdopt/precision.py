@@ -4,8 +4,8 @@ import torch
 
 from sdopt.errors import UserError
 
-# (matrix products, cuDNN convolutions) may round their fp32 inputs to TF32's 10-bit mantissa. PyTorch's default is
-# the first; a baseline that says "fp32" without saying which is off by up to the speed of a tensor core.
+# Whether (matrix products, cuDNN convolutions) may round their fp32 inputs to TF32's 10-bit mantissa and so run on
+# tensor cores. The first is PyTorch's default; a baseline called "fp32" has to say which of the three it is.
 TF32 = {"convolutions": (False, True), "everywhere": (True, True), "nowhere": (False, False)}
 
 

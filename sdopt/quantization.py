@@ -1,6 +1,7 @@
 """Step 6: int8 matrix products by torchao, and which layers gain from them. The only file that imports torchao."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ SMALLEST = 64
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers left in half precision, and why. `covers(name, parent, inputs, outputs)`: does the rule cover this layer?"""
+    """Layers left as they are, and why. `covers(name, parent, inputs, outputs)`: does the rule cover this layer?"""
 
     name: str
     reason: str
@@ -75,8 +76,8 @@ GENERAL = ALWAYS + (
         lambda name, parent, inputs, outputs: min(inputs, outputs) < SMALLEST,
     ),
 )
-# For Stable Diffusion XL: the shapes that diffusers' tutorial found on an A100 not to gain. They are all the VAE decoder
-# has, which so stays in half precision; the tutorial made its one shortcut of 128 channels a linear layer all the same.
+# For Stable Diffusion XL: the shapes that diffusers' tutorial found on an A100 not to gain. The VAE decoder has no
+# others and stays in half precision; the tutorial makes its one shortcut of 128 channels a linear layer all the same.
 SDXL = ALWAYS + (
     Rule("prompt", "keys and values of the prompt: 77 rows a sample", _shape((2048, 640), (2048, 1280), (2048, 2560))),
     Rule(
@@ -152,6 +153,8 @@ def _torchao():
     if not torch.cuda.is_available():
         # its CUDA kernels cannot load here, and it would warn of each
         os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    # once a process, to torchao's authors: a cache of the compiler could know int8 weights better than it does
+    warnings.filterwarnings("ignore", message="Int8Tensor does not implement _stable_hash_for_caching")
     import torchao.quantization
 
     return torchao.quantization

@@ -16,7 +16,7 @@ def test_whole_with_a_cutoff_is_one_more_unet_graph_and_the_same_picture(sdxl, f
     call = {"num_inference_steps": 4} | cutoff(sdxl, 0.5)
     eager = draw(sdxl, **call)
     assert compiled_kind(sdxl) is None
-    # In the other layout aot_eager itself fails on a CPU: the strides it foresaw for a GroupNorm are not those it meets.
+    # In the other layout aot_eager itself fails on a CPU: a GroupNorm meets strides that were not foreseen.
     assert compile_pipeline(channels_last(sdxl), "whole", backend="aot_eager").kind == "whole"
     compiled = []
     first = graphs(lambda: compiled.append(draw(sdxl, **call)))

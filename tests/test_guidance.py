@@ -109,7 +109,8 @@ def test_inpainting_cuts_its_mask_too(kind, channels, request):
 
 @pytest.mark.parametrize("guess", [False, True])
 def test_a_controlnets_image_is_cut_too(pocket, guess):
-    pipe = made_from(pocket, StableDiffusionControlNetPipeline, controlnet=ControlNetModel.from_unet(pocket.unet).eval())
+    controlnet = ControlNetModel.from_unet(pocket.unet).eval()
+    pipe = made_from(pocket, StableDiffusionControlNetPipeline, controlnet=controlnet)
     call = {"image": GREY, "guess_mode": guess, "num_inference_steps": 4}
     assert batches_of(pipe, **call, **cutoff(pipe, 0.5)) == [2, 2, 1, 1]
 

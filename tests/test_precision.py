@@ -14,11 +14,13 @@ def tf32_as_it_was():
 
 
 def dtypes(pipe):
-    return {p.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module) for p in part.parameters()}
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return {p.dtype for module in modules for p in module.parameters()}
 
 
 @pytest.mark.parametrize(
-    "policy, matmul, convolutions", [("convolutions", False, True), ("everywhere", True, True), ("nowhere", False, False)]
+    "policy, matmul, convolutions",
+    [("convolutions", False, True), ("everywhere", True, True), ("nowhere", False, False)],
 )
 def test_tf32_is_allowed_where_the_policy_says(sdxl, policy, matmul, convolutions):
     full_precision(sdxl, policy)
@@ -49,7 +51,9 @@ def test_half_precision_goes_back_to_full(sdxl):
     assert dtypes(sdxl) == {torch.float32}
 
 
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert half_dtype("cuda") is dtype

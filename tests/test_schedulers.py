@@ -11,7 +11,11 @@ MODELS_OWN = ("prediction_type", "timestep_spacing", "beta_schedule", "beta_star
 
 @pytest.mark.parametrize(
     "name, cls",
-    [("euler", EulerDiscreteScheduler), ("euler_ancestral", EulerAncestralDiscreteScheduler), ("dpm", DPMSolverMultistepScheduler)],
+    [
+        ("euler", EulerDiscreteScheduler),
+        ("euler_ancestral", EulerAncestralDiscreteScheduler),
+        ("dpm", DPMSolverMultistepScheduler),
+    ],
 )
 def test_a_new_scheduler_keeps_what_is_the_models_own(pipe, name, cls):
     before = dict(pipe.scheduler.config)
