@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -44,15 +45,26 @@ def test_the_two_ends_are_always_and_never(pipe):
     np.testing.assert_array_equal(draw(pipe, **cutoff(pipe, 0)), draw(pipe, guidance_scale=1.0))
 
 
-def test_after_the_cutoff_the_conditional_prediction_stands_alone(pipe):
-    """The same as guiding every step, with a scale that falls to 1: then both halves' sum is the conditional one."""
+def test_after_the_cutoff_the_unet_sees_the_conditional_half_of_everything(pipe):
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    draw(pipe, ["a red sphere", "two blue cubes"], (0, 1), negative_prompt=["fog"] * 2, **cutoff(pipe, 0.4))
+    guided, alone = ({"text": call["encoder_hidden_states"]} | (call["added_cond_kwargs"] or {}) for call in seen[:2])
+    assert guided.keys() == alone.keys() and len(alone) == (3 if hasattr(pipe, "text_encoder_2") else 1)
+    for name, both in guided.items():
+        assert torch.equal(alone[name], both[2:]), name
+    assert not torch.equal(guided["text"][:2], guided["text"][2:])
 
-    def scale_falls_to_one(pipe, step, timestep, tensors):
+
+def test_after_the_cutoff_the_conditional_prediction_stands_alone(pipe):
+    """As if the scale fell to 1 and the UNet kept seeing both halves."""
+
+    def scale_falls(pipe, step, timestep, tensors):
         if step == 1:
-            pipe._guidance_scale = 1.0 + 1e-9  # still above 1, so that the UNet keeps seeing both halves
+            pipe._guidance_scale = 1.0 + 1e-9
         return tensors
 
-    expected = draw(pipe, num_inference_steps=4, callback_on_step_end=scale_falls_to_one)
+    expected = draw(pipe, num_inference_steps=4, callback_on_step_end=scale_falls)
     np.testing.assert_allclose(draw(pipe, num_inference_steps=4, **cutoff(pipe, 0.5)), expected, rtol=0, atol=1e-4)
 
 
