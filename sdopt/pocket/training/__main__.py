@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from sdopt.results import environment, machine_name
 
 # stage: (function, scenes, steps, batch, learning rate)
 STAGES = {
-    "vae": (stages.train_vae, 100_000, 7000, 64, 6e-4),
-    "tiny-vae": (stages.train_tiny_vae, 100_000, 4000, 64, 1e-3),
-    "oracle": (stages.train_oracle, 100_000, 6000, 128, 1e-3),
-    "text-to-image": (stages.train_text_to_image, 300_000, 12_000, 512, 8e-4),
+    "vae": (stages.train_vae, 60_000, 4000, 64, 6e-4),
+    "tiny-vae": (stages.train_tiny_vae, 60_000, 2000, 64, 1e-3),
+    "oracle": (stages.train_oracle, 60_000, 3200, 128, 1e-3),
+    "text-to-image": (stages.train_text_to_image, 180_000, 20_000, 256, 6e-4),
 }
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, help="how many scenes to train on")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="text-to-image: end the UNet's training after this long")
     parser.add_argument("--text-steps", type=int, default=2500, help="text-to-image: the text encoder's steps before the UNet's")
     parser.add_argument("--prompts", type=int, default=3000, help="card: how many prompts of each kind, and held-out renders")
     parser.add_argument("--data", type=Path, default=Path("figures/data"), help="card: writes DATA/MACHINE/pocket-card.json")

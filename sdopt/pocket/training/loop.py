@@ -29,12 +29,13 @@ def write_log(work: Path, stage: str, entry: dict) -> None:
     os.replace(part, work / "training.json")
 
 
-def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: int, lr: float, work: Path, ema: float = 0.999, seed: int = 0, compiled: bool = True) -> None:
+def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: int, lr: float, work: Path, ema: float = 0.999, seed: int = 0, compiled: bool = True, minutes: float = math.inf) -> None:
     """Train `modules` in place and leave their exponential moving average in them.
 
     `draw(generator)` gives one batch of tensors, `loss(*batch)` the loss to minimise. Every step's generator is seeded
     from `seed` and the step, so a run that was killed goes on as if it had not been. bf16 autocast; weights, moments and
-    EMA in fp32. Checkpoints are safetensors: `work/<stage>.safetensors`.
+    EMA in fp32. Checkpoints are safetensors: `work/<stage>.safetensors`. Ends after `steps` or `minutes`, whichever
+    comes first; the learning rate has then come down to zero either way.
     """
     device = next(modules.parameters()).device
     named = dict(modules.named_parameters())
@@ -81,8 +82,11 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, mininterval=2)
     step = first
     for step in bar:
-        warm = max(1, int(WARM_UP * steps))
-        rate = lr * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+        progress = max(step / steps, (before + time.perf_counter() - started) / (60 * minutes))
+        if progress >= 1:
+            steps = step
+            break
+        rate = lr * min(1.0, (step + 1) / (WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimiser.param_groups:
             group["lr"] = rate
         tensors = draw(generator.manual_seed(seed * 10_000_019 + step))
@@ -97,7 +101,7 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
         total += value.detach()
         if (step + 1) % every == 0 or step + 1 == steps:
             now, mean = time.perf_counter(), total.item() / every
-            point = {"step": step + 1, "loss": round(mean, 6), "images_per_s": round(every * batch / (now - since), 1), "lr": rate}
+            point = {"step": step + 1, "loss": round(mean, 6), "images_per_s": round(every * batch / (now - since), 1), "lr": round(rate, 9)}
             entry["points"].append(point)
             entry["seconds"] = before + now - started
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{point['images_per_s']:.0f}")

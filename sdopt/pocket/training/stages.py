@@ -15,7 +15,6 @@ from sdopt.pocket.training import architecture, text
 from sdopt.pocket.training.data import WORDINGS, draw_scenes, pictures, render_all, targets, write_captions
 from sdopt.pocket.training.loop import fit
 
-MIN_SNR = 5.0  # Hang et al. 2023, arXiv 2303.09556
 CAPTION_DROPOUT = 0.1  # Ho and Salimans 2022, arXiv 2207.12598
 
 
@@ -168,7 +167,7 @@ def train_text_to_image(args) -> None:
     tokenizer = architecture.make_tokenizer(args.work / "tokenizer")
     latents, ids = latents_and_captions(args, tokenizer)
     encoder = architecture.make_text_encoder(tokenizer).to(args.device)
-    text.learn_facts(encoder, tokenizer, args)
+    text.learn_facts(encoder, tokenizer, ids, args)
     unet = architecture.make_unet().to(args.device, memory_format=torch.channels_last)
     signal = architecture.make_scheduler().alphas_cumprod.to(args.device)
     empty = tokenizer("", padding="max_length", max_length=architecture.TOKENS, return_tensors="pt").input_ids.to(args.device)
@@ -186,13 +185,11 @@ def train_text_to_image(args) -> None:
         a = signal[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * z + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         velocity = a.sqrt() * noise - (1 - a).sqrt() * z  # Salimans and Ho 2022, arXiv 2202.00512
-        predicted = unet(noisy, t, encoder(words).last_hidden_state, return_dict=False)[0].float()
-        snr = signal[t] / (1 - signal[t])
-        weight = snr.clamp(max=MIN_SNR) / (snr + 1)
-        return (weight * (predicted - velocity).square().mean((1, 2, 3))).mean()
+        # every noise level counts alike: what a picture holds, and where, is settled at the noisiest ones
+        return F.mse_loss(unet(noisy, t, encoder(words).last_hidden_state, return_dict=False)[0].float(), velocity)
 
     modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
-    fit("text-to-image", modules, draw, loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, ema=0.9995, compiled=args.compile)
+    fit("text-to-image", modules, draw, loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, ema=0.9995, compiled=args.compile, minutes=args.minutes)
     assemble(args, tokenizer, encoder, unet)
 
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdopt.pocket.scenes import COLOURS, RELATIONS, SHAPES, Scene
-from sdopt.pocket.training.architecture import TEXT_WIDTH, TOKENS
-from sdopt.pocket.training.data import draw_scenes, write_captions
+from sdopt.pocket.training.architecture import TEXT_WIDTH
+from sdopt.pocket.training.data import draw_scenes
 from sdopt.pocket.training.loop import fit
 
 PAIRS = len(COLOURS) * len(SHAPES)
@@ -37,11 +37,10 @@ class Facts(nn.Module):
         return self.named(state), self.relation(queries)
 
 
-def learn_facts(encoder, tokenizer, args) -> None:
-    """Train `encoder` in place for `args.text_steps` steps on captions of all training scenes' kind."""
+def learn_facts(encoder, tokenizer, ids: torch.Tensor, args) -> None:
+    """Train `encoder` in place for `args.text_steps` steps on the first wording of the first training scenes."""
     scenes = draw_scenes(min(args.scenes, 50_000), held_out=False)
-    texts = [row[0] for row in write_captions(scenes)]
-    ids = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids.to(args.device)
+    ids = ids[: len(scenes), 0].long()
     named, relations = torch.zeros(len(scenes), PAIRS), torch.full((len(scenes), 6, 3), -1)
     for i, scene in enumerate(scenes):
         pair, between = facts(scene)
