@@ -4,7 +4,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import figures, results
+from sdopt import cards, figures, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.errors import UserError
 
@@ -111,7 +111,8 @@ def _headline(result):
     )
 
 
-BLOCKS = {"table": _markdown, "headline": _headline}
+BLOCKS = {"table": _markdown, "headline": _headline} | cards.BLOCKS
+PAGES = ("README.md", "sdopt/pocket/README.md")
 
 
 def add(out, root=None):
@@ -156,15 +157,16 @@ def _stale(root):
             target = root / "figures" / f"{name}{suffix}.png"
             if figures.source(target) != made:
                 yield target, partial(draw, path, pictures, target)
-    readme = root / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = BLOCK.sub(lambda found: _block(found, data), old)
-    if new != old:
-        yield readme, lambda: results.write_whole(readme, new.encode())
+    for page in (root / name for name in PAGES if (root / name).exists()):
+        old = page.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda found: _block(found, data), old)
+        if new != old:
+            yield page, partial(results.write_whole, page, new.encode())
 
 
 def _block(found, data):
     opening, kind, study, _, closing = found.groups()
     if kind not in BLOCKS:
-        raise UserError(f"README.md asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
-    return f"{opening}{BLOCKS[kind](results.read(data / f'{study}.json'))}\n{closing}"
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
+    read = results.read_json if kind in cards.BLOCKS else results.read
+    return f"{opening}{BLOCKS[kind](read(data / f'{study}.json'))}\n{closing}"

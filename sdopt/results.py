@@ -111,14 +111,19 @@ def write(path, result):
 
 def read(path):
     """Read and validate a result file. Raises UserError, in one line, for one that is missing, not JSON, or not ours."""
+    result = read_json(path)
+    validate(result, path)
+    return result
+
+
+def read_json(path):
+    """Read any JSON file. Raises UserError, in one line, for one that is missing or not JSON."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): measure it with `sdopt run`") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): restore it or measure it again") from error
-    validate(result, path)
-    return result
 
 
 def validate(result, source="the result"):

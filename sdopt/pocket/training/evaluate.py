@@ -15,6 +15,7 @@ from sdopt.pocket.oracle import Oracle
 from sdopt.pocket.scenes import Scene
 from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes, pictures
 from sdopt.quality import adherence, share
+from sdopt.timing import measure
 
 STEPS = 30
 GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.5)
@@ -129,6 +130,28 @@ def card(weights: Path, device: str, n: int, environment: dict) -> dict:
         "settings": {"steps": STEPS, "guidance_scale": best, "scheduler": "euler", "dtype": "float32, TF32 matmuls on a GPU", "prompts": n, "interval": "95 %, bootstrap over whole prompts"},
         "metrics": metrics, "guidance_sweep": rows, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def speed(weights: Path, runs: int, environment: dict) -> dict:
+    """What pocket costs on this CPU: a guided UNet call, both decoders, the size of what is shipped."""
+    pipe, tiny, _ = load(weights, "cpu")
+    latents, words = torch.randn(2, 4, 32, 32), torch.randn(2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    calls = {
+        "unet_guided_call_s": lambda: pipe.unet(latents, 500, words),
+        "vae_decode_s": lambda: pipe.vae.decode(latents[:1]),
+        "tiny_vae_decode_s": lambda: tiny.decode(latents[:1]),
+    }
+    metrics = {}
+    with torch.no_grad():
+        for name, call in calls.items():
+            timing = measure(call, runs)
+            metrics[name] = {"median": timing.median, "p20": timing.p20, "p80": timing.p80, "runs": list(timing.runs_s)}
+    metrics["tiny_vae_speedup"] = metrics["vae_decode_s"]["median"] / metrics["tiny_vae_decode_s"]["median"]
+    size = lambda path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 2**20
+    metrics["pipeline_mib"] = size(weights / "pipeline")
+    metrics["oracle_mib"] = (weights / "oracle.safetensors").stat().st_size / 2**20
+    settings = {"dtype": "float32", "threads": torch.get_num_threads(), "runs": runs}
+    return {"schema": 1, "study": "pocket-speed", "environment": environment, "settings": settings, "metrics": metrics}
 
 
 def write_json(path: Path, content: dict) -> None:
