@@ -29,7 +29,7 @@ def contact_sheet(images: Tensor, texts: list[str], title: str, path: Path) -> N
         axis.axis("off")
     figure.suptitle(title, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=85)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
