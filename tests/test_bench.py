@@ -90,7 +90,7 @@ def pretend(job, tell):
         fail(job, tell)
     numbers = made_up_row(job.ids[-1], SECONDS.get(n, 0.5))
     numbers = {key: numbers[key] for key in ("latency_s", "first_call_s", "peak_memory_bytes", "stages_ms", "as_run")}
-    drawn_with = {"steps": min(20, job.steps) if n >= 8 else job.steps, "guidance_scale": 3.0, "scheduler": "euler"}
+    drawn_with = {"steps": min(20, job.steps) if n >= 8 else job.steps, "guidance_scale": job.guidance_scale, "scheduler": "euler"}
     shape = (len(job.prompts[0]), job.height, job.width, 3)
     images = [np.full(shape, 10 * n, np.uint8) for _ in job.prompts]
     return {**numbers, "drawn_with": drawn_with}, images

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import tomllib
@@ -44,9 +45,12 @@ def test_an_interrupted_installation_is_not_taken_for_done():
 
 @pytest.mark.parametrize("target", ["run", "test"])
 def test_make_sets_up_before_anything_else(target, tmp_path):
+    # as typed in a shell: under `make test` an outer make would hand its own flags down
+    alone = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     commands = subprocess.run(
-        ["make", "--dry-run", target, f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+        ["make", "--dry-run", target, f"VENV={tmp_path}/venv"],
+        cwd=ROOT, env=alone, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
     torch_first = next(n for n, line in enumerate(commands) if "pip install" in line)
     assert commands[torch_first].endswith("-c constraints.txt setuptools torch")
     assert commands[-1].endswith("run --model pocket --out out" if target == "run" else "pytest -q")
