@@ -69,8 +69,11 @@ def xformers_attention(pipe) -> str | None:
     """Step 3's other library: attention by xformers; returns None, or the reason why SDPA attends instead.
 
     xformers needs CUDA and a build that matches PyTorch's; where either lacks, `pipe` is left with SDPA.
+    Raises UserError after fuse_qkv, whose projections xformers would pass by.
     Source: https://github.com/facebookresearch/xformers. Introduced in notebooks/03_sdpa.
     """
+    if is_fused(pipe.unet):
+        raise UserError("xformers would use the projections from before fuse_qkv: load the pipeline again without it")
     try:
         pipe.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:

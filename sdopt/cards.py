@@ -7,6 +7,8 @@ METRICS = {
     "relations": ("relations right", "share"),
     "relations_held_out": ("relations right, in scenes with a pair never trained on", "share"),
     "prompts_all_right": ("prompts with every object and relation right", "share"),
+    "sky": ("sky right, whether the prompt names it or not", "share"),
+    "finish": ("finish of present objects right, named or not", "share"),
     "exact": ("pictures with every object of the prompt and no other", "share"),
     "objects_shuffled": ("control: objects, against another picture's prompt", "share"),
     "relations_shuffled": ("control: relations, against another picture's prompt", "share"),
@@ -50,21 +52,31 @@ def _card(result):
     )
     return (
         f"{settings['steps']} steps of {settings['scheduler']}, guidance {settings['guidance_scale']}, {settings['dtype']}, "
-        f"on {_machine(result)}.\n\n" + "\n".join(lines) + f"\n\nObjects and relations by guidance scale, on validation prompts: {sweep}."
+        f"on {_machine(result)}.\n\n"
+        + "\n".join(lines)
+        + f"\n\nObjects and relations by guidance scale, on validation prompts: {sweep}."
     )
 
 
 def _speed(result):
     metrics = result["metrics"]
-    lines = [f"On {_machine(result)}, {result['settings']['threads']} threads, fp32, median of {result['settings']['runs']} calls:", ""]
+    lines = [
+        f"On {_machine(result)}, {result['settings']['threads']} threads, fp32, median of {result['settings']['runs']} calls:",
+        "",
+    ]
     lines += [f"- {says}: {1000 * metrics[name]['median']:.0f} ms" for name, says in SECONDS.items()]
     lines.append(f"- the tiny VAE decodes {metrics['tiny_vae_speedup']:.1f} times faster than the full one")
-    lines.append(f"- on disk: the pipeline {metrics['pipeline_mib']:.1f} MiB, the oracle {metrics['oracle_mib']:.1f} MiB")
+    lines.append(
+        f"- on disk: the pipeline {metrics['pipeline_mib']:.1f} MiB, the oracle {metrics['oracle_mib']:.1f} MiB"
+    )
     return "\n".join(lines)
 
 
 def _training(result):
-    lines = ["| stage | parameters | steps | batch | images a second | minutes |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| stage | parameters | steps | batch | images a second | minutes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, stage in result["stages"].items():
         last = stage["points"][-1]
         lines.append(

@@ -21,7 +21,9 @@ def parser():
     run.add_argument("--model", help="pocket, sd15 or sdxl (default: what suits this machine)")
     run.add_argument("--weights", help="hub, random, or a local diffusers folder (default: the model's own)")
     run.add_argument("--steps", type=int, help="denoising steps (default: the model's; dpm_20 takes 20 at most)")
-    run.add_argument("--out", default="out", help="folder for the result file, the figure and the images (default: out)")
+    run.add_argument(
+        "--out", default="out", help="folder for the result file, the figure and the images (default: out)"
+    )
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     run.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
     run.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
@@ -66,15 +68,15 @@ def _run(options):
     models.check_device(device)
     name = options.model
     if name is None:
-        choice = models.pick()
+        choice = models.pick(options.device)
         name = choice.name
         print(f"model: {name} ({choice.reason}); choose another with --model")
     shared = walk.settings(
         name, options.weights, options.height, options.width, options.steps, options.batch, options.runs
     )
-    ids = walk.rows_to_measure(
-        options.out, device, options.only.split(",") if options.only else None, options.cutoff
-    )
+    ids = walk.rows_to_measure(options.out, device, options.only.split(",") if options.only else None, options.cutoff)
+    if shared["weights"] == "hub":  # here, where its progress bars are seen, and not in the process of the first row
+        models.download(name)
     with ExitStack() as stack:
         bars = []
 
@@ -89,8 +91,8 @@ def _run(options):
         progress(len(ids), "done")
     print(report.text(result))
     written = Path(options.out) / f"{result['study']}.json"
-    figures.path_figure(written, options.out, written.with_suffix(".png"))
-    print(f"\nwritten: {written}, {written.with_suffix('.png').name} and one image a step beside it")
+    figures.path_figure(written, written.with_suffix(""), written.with_suffix(".png"))
+    print(f"\nwritten: {written}, {written.with_suffix('.png').name} and one image a step in {written.with_suffix('')}")
     return 0 if all(row["status"] == "ok" for row in result["rows"]) else 1
 
 

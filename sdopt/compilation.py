@@ -1,6 +1,8 @@
 """Step 4: torch.compile, and what goes with it: the memory layout, and a scheduler that never waits for the GPU."""
 
 import inspect
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -89,7 +91,7 @@ def compile_pipeline(
     `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well) are
     merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
     The first call compiles; another size, batch or dtype compiles again. Applied twice it changes nothing.
-    Raises UserError for an unknown kind or mode.
+    Raises UserError for an unknown kind or mode, and on a CPU without a C++ compiler.
     Source: diffusers' "Accelerate inference" tutorial; regional: https://docs.pytorch.org/tutorials/recipes/
     regional_compilation.html. Introduced in notebooks/04_compile.
     """
@@ -98,6 +100,8 @@ def compile_pipeline(
     if kind not in ("whole", "regional"):
         raise UserError(f"unknown kind of compilation '{kind}': use whole or regional")
     settings = {"fullgraph": True, "backend": backend} | LIMIT
+    if backend == "inductor" and not cuda and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("torch.compile needs a C++ compiler on a CPU: install g++, or name another in CXX")
     if backend == "inductor":
         settings["options"] = _options(mode, cuda, kind) | (options or {})
     if compiled_kind(pipe):

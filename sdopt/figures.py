@@ -76,7 +76,9 @@ def before_and_after(result_path, pictures, target):
     images = _pictures(result, pictures)
     ends = ends_of(result)
     figure, both = plt.subplots(1, 2, figsize=(7, 4.3), layout="constrained", facecolor="white")
-    for axes, row, title in zip(both, ends, ("the baseline", f"after {len(result['rows']) - 1} more steps"), strict=True):
+    for axes, row, title in zip(
+        both, ends, ("the baseline", f"after {len(result['rows']) - 1} more steps"), strict=True
+    ):
         _picture(axes, images.get(row["id"]))
         axes.set_title(f"{title}: {seconds(row['latency_s']['median'])}", fontsize=13, color=INK)
     figure.supxlabel("\n".join(textwrap.wrap(f"“{result['settings']['prompt']}”", 80)), fontsize=10, color=QUIET)

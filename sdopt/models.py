@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -133,14 +132,11 @@ def check_size(height, width):
 
 
 def check_device(device):
-    """Raise UserError unless `device` ("cpu", "cuda", "cuda:1") is there."""
-    kind, _, index = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UserError(f"unknown device '{device}': use cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
+    """Raise UserError unless `device` is "cpu", or "cuda" where there is one."""
+    if str(device) not in ("cpu", "cuda"):
+        raise UserError(f"unknown device '{device}': use cpu or cuda (CUDA_VISIBLE_DEVICES=1 picks the second GPU)")
+    if str(device) == "cuda" and not torch.cuda.is_available():
         raise UserError("cuda was asked for but this PyTorch sees no CUDA device: use --device cpu")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"there is no device '{device}': this machine has {torch.cuda.device_count()} CUDA device(s)")
 
 
 def load(name, weights=None, device="cpu"):
@@ -167,13 +163,15 @@ def load(name, weights=None, device="cpu"):
     return pipe.to(device)
 
 
-def pick():
+def pick(device=None):
     """Choose the model for this machine, with the reason: `Choice(name, reason)`. Never raises; needs no network.
+
+    `device` "cpu" leaves a GPU out of account.
 
     The largest that runs well: sdxl on a GPU with 24 GB or more and compute capability 8.0 or later, sd15 on any
     other GPU, both only with a hub that answers (or a download already there); pocket everywhere else.
     """
-    if not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return Choice("pocket", "no CUDA device: pocket ships with the package and runs on a CPU")
     gpu = torch.cuda.get_device_properties(0)
     gigabytes, capability = gpu.total_memory / 1e9, (gpu.major, gpu.minor)
@@ -196,16 +194,28 @@ def _available(chosen):
     return True
 
 
+def download(name):
+    """Fetch what `load(name, "hub")` needs, with the hub's progress bars; raises UserError as that does."""
+    chosen = model(name)
+    return _with_hub(
+        chosen, lambda: chosen.pipeline.download(chosen.hub_id, revision=chosen.revision, use_safetensors=True)
+    )
+
+
 def _from_hub(chosen):
+    return _with_hub(chosen, lambda: _from_pretrained(chosen, chosen.hub_id, revision=chosen.revision))
+
+
+def _with_hub(chosen, call):
     if chosen.hub_id is None:
         raise UserError(f"{chosen.name} is not on the hub, it ships with the package: leave --weights out")
     try:
-        return _from_pretrained(chosen, chosen.hub_id, revision=chosen.revision)
+        return call()
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise UserError(
-            f"cannot get {chosen.hub_id} from the hub: check the connection, run `sdopt run --model pocket`, "
+            f"cannot get {chosen.hub_id} from the hub ({_first_line(error)}): run `sdopt run --model pocket`, "
             f"or time the bare architecture with `sdopt run --model {chosen.name} --weights random`"
         ) from error
 
@@ -217,7 +227,9 @@ def _from_folder(chosen, folder):
     try:
         kind = json.loads(index.read_text())["_class_name"]
         if kind != chosen.pipeline.__name__:
-            raise UserError(f"{folder} holds a {kind}, {chosen.name} is a {chosen.pipeline.__name__}: give another folder")
+            raise UserError(
+                f"{folder} holds a {kind}, {chosen.name} is a {chosen.pipeline.__name__}: give another folder"
+            )
         return _from_pretrained(chosen, str(folder), local_files_only=True)
     except UserError:
         raise
@@ -226,9 +238,7 @@ def _from_folder(chosen, folder):
 
 
 def _from_pretrained(chosen, source, **where):
-    return chosen.pipeline.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, **where, **chosen.extras
-    )
+    return chosen.pipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **where, **chosen.extras)
 
 
 def _first_line(error):

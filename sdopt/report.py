@@ -123,7 +123,7 @@ def add(out, root=None):
     for path in found:
         result = results.read(path)
         target = Path(root or ROOT) / "figures" / "data" / results.machine_name(result["environment"]) / path.stem
-        for picture in sorted(path.parent.glob("[0-9]*-*.png")):
+        for picture in sorted(path.with_suffix("").glob("[0-9]*-*.png")):
             results.write_whole(target / picture.name, picture.read_bytes())
         results.write(target.with_suffix(".json"), result)
     return ", ".join(path.name for path in found)

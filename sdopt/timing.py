@@ -13,6 +13,8 @@ import torch
 
 from sdopt.errors import UserError
 
+SETTLING_CALLS = 2  # on a GPU, after the first call and before the timed ones
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -41,22 +43,29 @@ class Timing:
         return statistics.quantiles(self.runs_s, n=100, method="inclusive")[percent - 1]
 
 
-def measure(call: Callable[[], object], runs: int) -> Timing:
+def measure(call: Callable[[], object], runs: int, device: str | None = None) -> Timing:
     """Time `call()`: once to warm up, timed apart, then `runs` times; seconds by a host clock, GPU synchronised.
 
-    The first call compiles, captures and picks kernels, so it is no sample of the others. Peak memory is that of the
-    later calls on a GPU (what PyTorch allocated there), and the process's peak resident set on a CPU, which cannot be
-    reset and so counts loading and compiling as well.
+    The first call compiles and picks kernels, so it is no sample of the others; on a GPU two more follow untimed,
+    because a CUDA graph is captured at the second call of a module and replayed from the third. Peak memory is that of
+    the timed calls on a GPU: what PyTorch reserved there, since what it counts as allocated leaves out the insides of
+    CUDA graphs. On a CPU it is the process's peak resident set, which cannot be reset and so counts loading and
+    compiling as well. `device` None: the GPU if there is one.
     Raises UserError for fewer than 1 run. Introduced in notebooks/00_measure_first.
     """
     if runs < 1:
         raise UserError(f"{runs} runs measure nothing: use 1 or more")
-    first = _timed(call)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    times = tuple(_timed(call) for _ in range(runs))
-    if torch.cuda.is_available():
-        return Timing(first, times, torch.cuda.max_memory_allocated(), "CUDA memory allocated by PyTorch")
+    cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
+    first = _timed(call, cuda)
+    if cuda:
+        for settle in range(SETTLING_CALLS):
+            if settle == SETTLING_CALLS - 1:
+                torch.cuda.empty_cache()  # what loading and compiling left behind is not what a picture needs
+                torch.cuda.reset_peak_memory_stats()
+            call()
+    times = tuple(_timed(call, cuda) for _ in range(runs))
+    if cuda:
+        return Timing(first, times, torch.cuda.max_memory_reserved(), "CUDA memory reserved by PyTorch")
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return Timing(first, times, peak, "resident set of the process")
@@ -88,17 +97,13 @@ def stages(pipe, call: Callable[[], object]) -> dict:
     return ms
 
 
-def _timed(call):
-    _synchronise()
+def _timed(call, cuda):
+    synchronise = torch.cuda.synchronize if cuda else lambda: None
+    synchronise()
     start = time.perf_counter()
     call()
-    _synchronise()
+    synchronise()
     return time.perf_counter() - start
-
-
-def _synchronise():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _run(module):

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from tiny import tiny_sdxl
 
 from sdopt import models
-from tiny import tiny_sdxl
 
 PIPELINES = {"pocket": lambda: _quiet(models.load("pocket")), "sdxl": lambda: _quiet(tiny_sdxl())}
 

@@ -61,8 +61,8 @@ def result(**settings):
 
 def run_folder(folder, **settings):
     """What `sdopt run` leaves in a folder: the result file and one picture a step."""
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pocket-path").mkdir(parents=True, exist_ok=True)
     results.write(folder / "pocket-path.json", result(**settings))
     for n, i in enumerate(IDS, 1):
-        Image.new("RGB", (16, 16), (n * 25, 90, 200)).save(folder / f"{n}-{i}.png")
+        Image.new("RGB", (16, 16), (n * 25, 90, 200)).save(folder / "pocket-path" / f"{n}-{i}.png")
     return folder

@@ -90,7 +90,11 @@ def pretend(job, tell):
         fail(job, tell)
     numbers = made_up_row(job.ids[-1], SECONDS.get(n, 0.5))
     numbers = {key: numbers[key] for key in ("latency_s", "first_call_s", "peak_memory_bytes", "stages_ms", "as_run")}
-    drawn_with = {"steps": min(20, job.steps) if n >= 8 else job.steps, "guidance_scale": job.guidance_scale, "scheduler": "euler"}
+    drawn_with = {
+        "steps": min(20, job.steps) if n >= 8 else job.steps,
+        "guidance_scale": job.guidance_scale,
+        "scheduler": "euler",
+    }
     shape = (len(job.prompts[0]), job.height, job.width, 3)
     images = [np.full(shape, 10 * n, np.uint8) for _ in job.prompts]
     return {**numbers, "drawn_with": drawn_with}, images
@@ -103,7 +107,8 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def walked(out):
-    (out / "2-bf16.png").write_bytes(b"of an earlier run")
+    (out / "pocket-path").mkdir()
+    (out / "pocket-path" / "2-bf16.png").write_bytes(b"of an earlier run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "measure", pretend)
         return walk.walk(walk.settings("pocket", runs=2, height=64, width=64), list(walk.NUMBERS), "cpu", out)
@@ -120,9 +125,17 @@ def test_a_walk_goes_on_after_failed_rows_and_writes_what_it_returns(walked, out
 
 
 def test_every_measured_row_has_its_picture_and_no_failed_row_an_old_one(walked, out):
-    pictures = {path.name for path in out.glob("*.png")}
+    pictures = {path.name for path in (out / "pocket-path").glob("*.png")}
     numbered = enumerate((step.id for step in STEPS), 1)
     assert pictures == {f"{n}-{i}.png" for n, i in numbered if i not in ("bf16", "sdpa")}
+
+
+def test_no_guidance_at_all_is_a_row_like_any_other(walked):
+    """A cutoff at 0 draws at another guidance scale; that is what the step is about, so the rows still compare."""
+    before, last = walked["rows"][-2:]
+    never = {**last, "settings": {**last["settings"], "cutoff": 0.0, "guidance_scale": 1.0}}
+    assert results.compare(never, before, about=notes.SUBJECTS)["speedup"] > 0
+    assert notes.note(never, before, walked["settings"], "cpu").startswith("no clear difference")  # as made up
 
 
 def test_quality_compares_with_the_baseline_and_the_step_before(walked):

@@ -4,7 +4,17 @@ import pytest
 from transformers import CLIPTokenizer
 
 from sdopt.pocket import PIPELINE
-from sdopt.pocket.captions import FIRST_TEST_SEED, WORDS, describe, prompts, split, test_prompts as draw_prompts, wording
+from sdopt.pocket.captions import (
+    FIRST_TEST_SEED,
+    WORDS,
+    describe,
+    prompts,
+    split,
+    wording,
+)
+from sdopt.pocket.captions import (
+    test_prompts as draw_prompts,
+)
 from sdopt.pocket.scenes import HELD_OUT, sample
 
 SCENES = [sample(seed) for seed in range(200)]
@@ -60,4 +70,7 @@ def test_every_word_is_one_token(tokenizer):
         ids = tokenizer(text).input_ids
         assert len(ids) == len(re.findall(r"\w+|,", text)) + 2
         assert len(ids) <= tokenizer.model_max_length
-    assert tokenizer.decode(tokenizer("a shiny red ball").input_ids, skip_special_tokens=True).strip() == "a shiny red ball"
+    assert (
+        tokenizer.decode(tokenizer("a shiny red ball").input_ids, skip_special_tokens=True).strip()
+        == "a shiny red ball"
+    )

@@ -120,9 +120,9 @@ def test_a_walk_leaves_a_table_a_result_a_figure_and_a_picture_a_row(tmp_path):
     options = ("--steps", 2, "--runs", 2, "--height", 64, "--width", 64, "--only", "baseline_fp32,bf16,sdpa")
     done = sdopt("run", "--model", "pocket", "--out", tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("pocket-path.json", "pocket-path.png", "1-baseline_fp32.png", "2-bf16.png", "3-sdpa.png")
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"pocket-path.json", "pocket-path.png", "pocket-path"}
+    pictures = {path.name for path in (tmp_path / "pocket-path").iterdir()}
+    assert pictures == {"1-baseline_fp32.png", "2-bf16.png", "3-sdpa.png"}
     result = results.read(tmp_path / "pocket-path.json")
     assert [(row["id"], row["status"]) for row in result["rows"]] == [
         *(("baseline_fp32", "ok"), ("bf16", "ok"), ("sdpa", "ok"))
@@ -136,7 +136,7 @@ def test_a_walk_leaves_a_table_a_result_a_figure_and_a_picture_a_row(tmp_path):
     )
     for row in result["rows"]:
         assert f"\n{row['id']} " in done.stdout
-    with Image.open(tmp_path / "1-baseline_fp32.png") as image:
+    with Image.open(tmp_path / "pocket-path" / "1-baseline_fp32.png") as image:
         assert image.size == (64, 64)
 
 

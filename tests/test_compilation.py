@@ -140,3 +140,9 @@ def test_cuda_graphs_draw_the_same_picture_before_and_after_a_cutoff(pocket, fre
     assert compile_pipeline(channels_last(pocket)).kind == "whole"
     for _ in range(3):  # warm-up, capture, replay
         np.testing.assert_allclose(draw(pocket, **call), eager, rtol=0, atol=2e-2)  # TF32 convolutions
+
+
+def test_without_a_compiler_the_mend_is_named(pocket, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="install g\\+\\+"):
+        compile_pipeline(pocket)

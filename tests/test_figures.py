@@ -10,7 +10,7 @@ from sdopt.errors import UserError
 def drawn(tmp_path, draw, **settings):
     folder = run_folder(tmp_path / "run", **settings)
     target = tmp_path / "figure.png"
-    draw(folder / "pocket-path.json", folder, target)
+    draw(folder / "pocket-path.json", folder / "pocket-path", target)
     return folder, target
 
 
@@ -21,18 +21,18 @@ def test_a_figure_is_a_readable_png_that_knows_its_source(tmp_path, draw):
         pixels = np.asarray(image.convert("L"))
     assert min(pixels.shape) > 300
     assert (pixels < 200).mean() > 0.05, "something is drawn"
-    assert figures.source(target) == figures.digest(folder / "pocket-path.json", folder)
+    assert figures.source(target) == figures.digest(folder / "pocket-path.json", folder / "pocket-path")
 
 
 def test_another_measurement_or_another_picture_is_another_source(tmp_path):
     folder = run_folder(tmp_path)
-    seen = {figures.digest(folder / "pocket-path.json", folder)}
-    Image.new("RGB", (16, 16), "white").save(folder / f"9-{IDS[-1]}.png")
-    seen.add(figures.digest(folder / "pocket-path.json", folder))
+    seen = {figures.digest(folder / "pocket-path.json", folder / "pocket-path")}
+    Image.new("RGB", (16, 16), "white").save(folder / "pocket-path" / f"9-{IDS[-1]}.png")
+    seen.add(figures.digest(folder / "pocket-path.json", folder / "pocket-path"))
     changed = result()
     changed["rows"][0]["first_call_s"] += 1
     results.write(folder / "pocket-path.json", changed)
-    seen.add(figures.digest(folder / "pocket-path.json", folder))
+    seen.add(figures.digest(folder / "pocket-path.json", folder / "pocket-path"))
     assert len(seen) == 3
 
 
@@ -47,10 +47,10 @@ def test_a_failed_row_leaves_a_gap_not_an_old_picture(tmp_path):
     failed = result()
     failed["rows"][5] = {"id": "int8", "label": "int8", "settings": {}, "status": "failed: out of memory"}
     results.write(folder / "pocket-path.json", failed)
-    figures.path_figure(folder / "pocket-path.json", folder, folder / "figure.png")
+    figures.path_figure(folder / "pocket-path.json", folder / "pocket-path", folder / "figure.png")
     before = figures.source(folder / "figure.png")
-    (folder / "6-int8.png").unlink()
-    assert figures.digest(folder / "pocket-path.json", folder) == before
+    (folder / "pocket-path" / "6-int8.png").unlink()
+    assert figures.digest(folder / "pocket-path.json", folder / "pocket-path") == before
 
 
 def test_random_weights_are_named():

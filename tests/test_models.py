@@ -68,7 +68,12 @@ def test_random_weights_are_seeded_and_leave_the_global_generator_alone(tmp_path
 
 def test_a_local_folder_is_loaded(tmp_path):
     pipe = models.load("pocket", str(copy_of_pocket(tmp_path)))
-    assert pipe("a red cube", num_inference_steps=1, height=64, width=64, output_type="np").images.shape == (1, 64, 64, 3)
+    assert pipe("a red cube", num_inference_steps=1, height=64, width=64, output_type="np").images.shape == (
+        1,
+        64,
+        64,
+        3,
+    )
 
 
 def test_an_unknown_model_is_refused():

@@ -5,13 +5,13 @@ import torch
 from PIL import Image
 
 from sdopt.errors import UserError
-from sdopt.pocket import WEIGHTS, oracle as module
+from sdopt.pocket import WEIGHTS
+from sdopt.pocket import oracle as module
 from sdopt.pocket.oracle import Oracle, load_oracle, to_pixels
 from sdopt.pocket.renderer import render
 from sdopt.pocket.scenes import sample
+from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER
 from sdopt.quality import adherence
-
-FIRST_HELD_OUT_RENDER = 500_000_000
 
 
 @cache

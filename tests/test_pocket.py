@@ -25,7 +25,12 @@ print({p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in par
 
 def draw(pipe, prompts, steps=30):
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    return pipe([p.text for p in prompts], num_inference_steps=steps, guidance_scale=models.MODELS["pocket"].guidance_scale, generator=generators).images
+    return pipe(
+        [p.text for p in prompts],
+        num_inference_steps=steps,
+        guidance_scale=models.MODELS["pocket"].guidance_scale,
+        generator=generators,
+    ).images
 
 
 def test_it_runs_with_diffusers_alone_in_fp32(tmp_path):

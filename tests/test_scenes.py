@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from sdopt.pocket.renderer import render
-from sdopt.pocket.scenes import COLOURS, HELD_OUT, MARGIN, SHAPES, Reading, Scene, Thing, leading_relation, project, sample
+from sdopt.pocket.scenes import (
+    COLOURS,
+    HELD_OUT,
+    MARGIN,
+    SHAPES,
+    Reading,
+    Scene,
+    Thing,
+    leading_relation,
+    project,
+    sample,
+)
 
 SCENES = [sample(seed) for seed in range(300)]
 
@@ -38,7 +49,13 @@ def test_facts_can_be_read():
 def test_every_value_occurs():
     things = [t for scene in SCENES for t in scene.things]
     assert {t.pair for t in things} == {(c, s) for c in COLOURS for s in SHAPES}
-    assert {r for s in SCENES for _, r, _ in s.relations} == {"left of", "right of", "in front of", "behind", "on top of"}
+    assert {r for s in SCENES for _, r, _ in s.relations} == {
+        "left of",
+        "right of",
+        "in front of",
+        "behind",
+        "on top of",
+    }
     assert {s.sky for s in SCENES} == {"day", "sunset", "night"}
     assert {(t.size, t.finish) for t in things} == {(a, b) for a in ("small", "large") for b in ("matte", "shiny")}
 

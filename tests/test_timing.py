@@ -11,10 +11,10 @@ from sdopt.timing import Timing, measure, stages
 
 
 def test_the_first_call_is_apart_from_the_others():
-    naps = iter([0.2, 0.02, 0.04, 0.06, 0.08, 0.1])
-    timed = measure(lambda: time.sleep(next(naps)), 5)
-    assert timed.first_call_s >= 0.2
-    assert len(timed.runs_s) == 5 and max(timed.runs_s) < 0.2
+    naps = iter([0.5, 0.02, 0.04, 0.06, 0.08, 0.1])
+    timed = measure(lambda: time.sleep(next(naps)), 5, "cpu")
+    assert timed.first_call_s >= 0.5
+    assert len(timed.runs_s) == 5 and max(timed.runs_s) < 0.5
     assert min(timed.runs_s) <= timed.p20 < timed.median < timed.p80 <= max(timed.runs_s)
 
 
@@ -26,9 +26,9 @@ def test_percentiles_lie_between_the_runs():
 
 
 def test_peak_memory_is_of_this_process_and_says_so():
-    small = measure(lambda: None, 1)
+    small = measure(lambda: None, 1, "cpu")
     assert 2**26 < small.peak_memory_bytes < 2**36
-    assert small.peak_memory_of == "resident set of the process" or "CUDA" in small.peak_memory_of
+    assert small.peak_memory_of == "resident set of the process"
 
 
 def test_no_runs_are_refused():

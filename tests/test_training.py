@@ -30,7 +30,19 @@ def train(work, steps=12, stop_after=None, **options):
     def loss(x):
         return (model(x).float() - x.sum(1, keepdim=True)).square().mean()
 
-    loop.fit("toy", nn.ModuleDict({"model": model}), draw, loss, steps=steps, batch=16, lr=0.1, work=work, ema=0.5, compiled=False, **options)
+    loop.fit(
+        "toy",
+        nn.ModuleDict({"model": model}),
+        draw,
+        loss,
+        steps=steps,
+        batch=16,
+        lr=0.1,
+        work=work,
+        ema=0.5,
+        compiled=False,
+        **options,
+    )
     return model.weight.detach()
 
 
@@ -60,7 +72,17 @@ def test_time_ends_a_run_as_steps_do(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     model = nn.Linear(1, 1)
     with pytest.raises(SystemExit, match="lower --lr"):
-        loop.fit("bad", nn.ModuleDict({"m": model}), lambda g: (torch.full((2, 1), math.nan),), lambda x: model(x).mean(), steps=3, batch=2, lr=0.1, work=tmp_path, compiled=False)
+        loop.fit(
+            "bad",
+            nn.ModuleDict({"m": model}),
+            lambda g: (torch.full((2, 1), math.nan),),
+            lambda x: model(x).mean(),
+            steps=3,
+            batch=2,
+            lr=0.1,
+            work=tmp_path,
+            compiled=False,
+        )
 
 
 def test_targets_are_where_the_things_are_drawn():
@@ -71,7 +93,10 @@ def test_targets_are_where_the_things_are_drawn():
         for k, thing in enumerate(scene.things):
             u, v, _ = project(*thing.centre)
             row, column = divmod(int(truth["cell"][b, k]), GRID)
-            assert abs((column + 0.5) / GRID * 2 - 1 - u) <= 1 / GRID + 1e-6 and abs((row + 0.5) / GRID * 2 - 1 - v) <= 1 / GRID + 1e-6
+            assert (
+                abs((column + 0.5) / GRID * 2 - 1 - u) <= 1 / GRID + 1e-6
+                and abs((row + 0.5) / GRID * 2 - 1 - v) <= 1 / GRID + 1e-6
+            )
             assert truth["place"][b, k].tolist() == pytest.approx([thing.x, thing.y, thing.z], abs=1e-6)
 
 

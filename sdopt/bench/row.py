@@ -13,6 +13,8 @@ from sdopt import compilation, models, path, schedulers, timing
 from sdopt.bench.process import RowFailed
 from sdopt.errors import UserError
 
+STEP_NOISE = 1_000_000  # an ancestral sampler's noise has seeds of its own: the latents' would give the latents again
+
 
 @dataclass(frozen=True)
 class Job:
@@ -55,16 +57,18 @@ def measure(job, tell):
             height=job.height,
             width=job.width,
             latents=latents[run],
-            generator=[torch.Generator(job.device).manual_seed(seed) for seed in job.seeds[run]],
+            generator=[torch.Generator(job.device).manual_seed(STEP_NOISE + s) for s in job.seeds[run]],
             output_type=output_type,
             **arguments,
         ).images
 
     runs = len(job.prompts)
-    turns = iter([0, *range(runs)])  # the first call warms up, with the shapes of all others
+    cuda = job.device == "cuda"
+    # the calls that warm up draw what the first run draws, with the shapes of all others
+    turns = iter([0] * (1 + timing.SETTLING_CALLS * cuda) + [*range(runs)])
     drawn = []
     tell("first call, which compiles" if "compile" in job.ids else "first call")
-    timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs)
+    timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs, job.device)
     tell("stages")
     finite = []
     stages = timing.stages(pipe, lambda: finite.append(np.isfinite(draw(0, "np")).all()))
@@ -81,7 +85,7 @@ def measure(job, tell):
             "scheduler": next(i for i, (cls, _) in schedulers.SCHEDULERS.items() if type(pipe.scheduler) is cls),
         },
         "as_run": as_run(pipe) | {"peak_memory_of": timed.peak_memory_of},
-    }, [[np.asarray(image) for image in images] for images in drawn[1:]]
+    }, [[np.asarray(image) for image in images] for images in drawn[-runs:]]
 
 
 def noise(pipe, height, width, seeds):

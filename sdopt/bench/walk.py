@@ -79,11 +79,14 @@ def walk(shared, ids, device, out, cutoff=0.4, progress=lambda done, text: None)
     for done, i in enumerate(ids):
         job = _job(shared, judge, device, tuple(NUMBERS)[: NUMBERS[i]], cutoff)
         row, images = _measured(ctx, i, job, lambda phase: progress(done, f"{i}: {phase}"))
-        (out / image_name(i)).unlink(missing_ok=True)
+        picture = out / study / image_name(i)
+        picture.unlink(missing_ok=True)
         if images:
-            results.write_whole(out / image_name(i), _png(images[0][0]))
+            results.write_whole(picture, _png(images[0][0]))
             row["quality"] = judge.judge(i, images)
-            before = next((r for r in result["rows"] if NUMBERS[r["id"]] == NUMBERS[i] - 1 and r["status"] == "ok"), None)
+            before = next(
+                (r for r in result["rows"] if NUMBERS[r["id"]] == NUMBERS[i] - 1 and r["status"] == "ok"), None
+            )
             row["note"] = notes.note(row, before, shared, device) if before else None
         if i == "compile" and row["status"] == "ok":
             progress(done, "channels_last, apart")

@@ -19,7 +19,14 @@ from sdopt.pocket.scenes import COLOURS, FINISHES, GROUNDS, SHAPES, SIZES, SKIES
 
 SIZE = 256  # pixels of a picture's side
 GRID = 32
-HEADS = {"heat": 1, "shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES), "finish": len(FINISHES), "place": 3}
+HEADS = {
+    "heat": 1,
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "size": len(SIZES),
+    "finish": len(FINISHES),
+    "place": 3,
+}
 THRESHOLD = 0.4
 
 
@@ -44,7 +51,9 @@ class Oracle(nn.Module):
     def __init__(self):
         super().__init__()
         down = lambda a, b: nn.Conv2d(a, b, 3, stride=2, padding=1)
-        self.fine = nn.Sequential(down(3, 32), nn.GroupNorm(8, 32), nn.SiLU(), down(32, 64), Block(64), down(64, 96), Block(96), Block(96))
+        self.fine = nn.Sequential(
+            down(3, 32), nn.GroupNorm(8, 32), nn.SiLU(), down(32, 64), Block(64), down(64, 96), Block(96), Block(96)
+        )
         self.coarse = nn.Sequential(down(96, 128), Block(128), Block(128))
         self.up = nn.Conv2d(128, 96, 1)
         self.merge = nn.Sequential(Block(96), Block(96), nn.GroupNorm(8, 96), nn.SiLU())
@@ -97,7 +106,11 @@ def _decode(out: dict[str, torch.Tensor]) -> Reading:
     for i, j in cells.tolist():
         name = lambda head, names: names[out[head][:, i, j].argmax()]
         x, y, z = out["place"][:, i, j].tolist()
-        things.append(Thing(name("shape", SHAPES), name("colour", COLOURS), name("size", SIZES), name("finish", FINISHES), x, y, z))
+        things.append(
+            Thing(
+                name("shape", SHAPES), name("colour", COLOURS), name("size", SIZES), name("finish", FINISHES), x, y, z
+            )
+        )
     confidence = tuple(heat[0, i, j].item() for i, j in cells.tolist())
     return Reading(tuple(things), SKIES[out["sky"].argmax()], GROUNDS[out["ground"].argmax()], confidence)
 
@@ -110,5 +123,7 @@ def load_oracle(device: str = "cpu") -> Oracle:
     try:
         oracle.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot load the oracle from {path} ({type(error).__name__}); restore it with `git checkout -- {path}`") from error
+        raise UserError(
+            f"cannot load the oracle from {path} ({type(error).__name__}); restore it with `git checkout -- {path}`"
+        ) from error
     return oracle.eval().to(device)

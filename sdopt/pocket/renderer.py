@@ -10,42 +10,22 @@ from functools import cache
 
 import torch
 
-from sdopt.pocket.scenes import CAMERA, COLOURS, FINISHES, GROUNDS, HALF_HEIGHT, LOOK_AT, SHAPES, SKIES, TAN_HALF_FOV, Scene
+from sdopt.pocket.materials import ALBEDO, SKY, ground_colour, noise, sky_colour
+from sdopt.pocket.scenes import (
+    CAMERA,
+    FINISHES,
+    GROUNDS,
+    LOOK_AT,
+    SHAPES,
+    TAN_HALF_FOV,
+    Scene,
+)
 
 FAR = 1e4
-ALBEDO = {  # linear light
-    "red": (0.80, 0.03, 0.03), "orange": (0.95, 0.27, 0.01), "yellow": (0.95, 0.74, 0.03), "green": (0.06, 0.48, 0.07),
-    "cyan": (0.04, 0.66, 0.70), "blue": (0.03, 0.09, 0.75), "purple": (0.34, 0.05, 0.55), "white": (0.88, 0.88, 0.86),
-}
-# of a sky: (zenith, horizon, light colour, ambient colour, light elevation in degrees)
-SKY = {
-    "day": ((0.10, 0.30, 0.75), (0.62, 0.78, 0.92), (2.30, 2.15, 1.90), (0.42, 0.50, 0.62), (40, 62)),
-    "sunset": ((0.16, 0.13, 0.36), (1.00, 0.42, 0.14), (2.30, 1.40, 0.80), (0.44, 0.34, 0.42), (20, 30)),
-    "night": ((0.006, 0.010, 0.035), (0.03, 0.05, 0.14), (0.62, 0.72, 0.98), (0.13, 0.16, 0.28), (38, 60)),
-}
 
 
 def length(*xs):
     return torch.sqrt(sum(x * x for x in xs) + 1e-12)
-
-
-def hashed(i, j, seed):
-    """A uniform number in [0, 1) for every lattice point, the same on every device (integers only)."""
-    h = (i * 374761393 + j * 668265263 + seed * 2147483647) & 0xFFFFFFFF
-    h = ((h ^ (h >> 13)) * 1274126177) & 0xFFFFFFFF
-    h = ((h ^ (h >> 16)) * 2246822519) & 0xFFFFFFFF
-    return ((h ^ (h >> 15)) & 0xFFFF).float() / 65536
-
-
-def noise(x, y, seed):
-    """Value noise: hashed lattice points, smoothly interpolated, in [0, 1]."""
-    i, j = torch.floor(x), torch.floor(y)
-    u, v = x - i, y - j
-    u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
-    i, j = i.long(), j.long()
-    low = torch.lerp(hashed(i, j, seed), hashed(i + 1, j, seed), u)
-    high = torch.lerp(hashed(i, j + 1, seed), hashed(i + 1, j + 1, seed), u)
-    return torch.lerp(low, high, v)
 
 
 def distance(x, y, z, things):
@@ -59,7 +39,11 @@ def distance(x, y, z, things):
         radial = length(qx, qz)
         sphere = length(qx, qy, qz) - 0.92
         bx, by, bz = qx.abs() - 0.77, qy.abs() - 0.77, qz.abs() - 0.77
-        cube = length(bx.clamp(min=0), by.clamp(min=0), bz.clamp(min=0)) + torch.maximum(torch.maximum(bx, by), bz).clamp(max=0) - 0.07
+        cube = (
+            length(bx.clamp(min=0), by.clamp(min=0), bz.clamp(min=0))
+            + torch.maximum(torch.maximum(bx, by), bz).clamp(max=0)
+            - 0.07
+        )
         cx, cy = radial - 0.67, qy.abs() - 0.83
         cylinder = length(cx.clamp(min=0), cy.clamp(min=0)) + torch.maximum(cx, cy).clamp(max=0) - 0.07
         # a cone of half-height 0.9 and base radius 0.8, rounded by 0.06: distance to its slanted side and to its base
@@ -71,7 +55,11 @@ def distance(x, y, z, things):
         inside = (qy > -0.9) & (px * 1.8 + py * 0.8 < 0)
         cone = torch.minimum(on_side, on_base) * torch.where(inside, -1.0, 1.0) - 0.06
         torus = length(length(qx, qy) - 0.68, qz) - 0.28
-        d = torch.where(shape == 0, sphere, torch.where(shape == 1, cube, torch.where(shape == 2, cylinder, torch.where(shape == 3, cone, torus))))
+        d = torch.where(
+            shape == 0,
+            sphere,
+            torch.where(shape == 1, cube, torch.where(shape == 2, cylinder, torch.where(shape == 3, cone, torus))),
+        )
         d = torch.where(shape < 0, FAR, d * s)
         which = torch.where(d < best, k, which)
         best = torch.minimum(best, d)
@@ -102,54 +90,13 @@ def _bounds(ox, oy, oz, dx, dy, dz, things):
     return near
 
 
-def _sky_colour(dx, dy, dz, look):
-    """Gradient from horizon to zenith, clouds by day and at sunset, stars by night."""
-    height = dy.clamp(min=0)[:, None]
-    base = torch.lerp(look["horizon"], look["zenith"], 1 - torch.exp(-5 * height))
-    u, v = dx / (dy.clamp(min=0) + 0.12), dz / (dy.clamp(min=0) + 0.12)
-    seed = look["seed"]
-    cloud = 0.6 * noise(u * 0.9, v * 0.9, seed) + 0.4 * noise(u * 2.1, v * 2.1, seed + 1)
-    cloud = ((cloud - 0.5) * 2.6).clamp(0, 1) * look["cloud"]
-    base = torch.lerp(base, look["cloud_colour"], 0.75 * cloud[:, None])
-    su, sv = torch.atan2(dx, dz) * 34, dy * 34
-    i, j = torch.floor(su), torch.floor(sv)
-    centre_u = 0.25 + 0.5 * hashed(i.long(), j.long(), seed + 2)
-    centre_v = 0.25 + 0.5 * hashed(i.long(), j.long(), seed + 3)
-    bright = (hashed(i.long(), j.long(), seed + 4) - 0.72).clamp(min=0) * 3.4
-    star = torch.exp(-(((su - i - centre_u) ** 2 + (sv - j - centre_v) ** 2) * 90)) * bright * look["stars"]
-    return base + star[:, None]
-
-
-def _ground_colour(x, z, far, look):
-    """Tiles, planks or sand: albedo [N, 3]. Patterns fade with distance, where they would only shimmer."""
-    seed, ground = look["seed"], look["ground"]
-    cos, sin = torch.cos(look["turn"]), torch.sin(look["turn"])
-    u, v = x * cos - z * sin + look["turn"] * 7, x * sin + z * cos
-    fade = torch.exp(-0.045 * far)
-    i, j = torch.floor(u / 0.9).long(), torch.floor(v / 0.9).long()
-    dark = ((i + j) % 2).float()
-    joint = torch.minimum((u / 0.9 - i).abs().minimum((1 + i - u / 0.9).abs()), (v / 0.9 - j).abs().minimum((1 + j - v / 0.9).abs()))
-    tile = 0.36 - 0.17 * dark * fade + 0.05 * (hashed(i, j, seed) - 0.5) - 0.10 * fade * (joint < 0.025).float()
-    tiles = tile[:, None] * torch.tensor([1.0, 0.98, 0.94], device=x.device)
-    row = torch.floor(v / 0.55).long()
-    shift = hashed(row, row, seed) * 3
-    plank = torch.floor((u + shift) / 2.6).long()
-    tone = hashed(plank, row, seed + 1)
-    grain = noise(u * 1.3 + 9 * tone, v * 15, seed + 2)
-    seam = ((v / 0.55 - row) < 0.05).float() + (((u + shift) / 2.6 - plank) < 0.012).float()
-    planks = (0.62 + 0.30 * tone + 0.24 * fade * (grain - 0.5) - 0.30 * fade * seam.clamp(max=1))[:, None]
-    planks = planks * torch.tensor([0.42, 0.23, 0.11], device=x.device)
-    ripple = torch.sin(u * 7 + 5 * noise(u * 0.8, v * 0.8, seed + 3))
-    grains = noise(u * 9, v * 9, seed + 4) - 0.5
-    sand = (1 + 0.10 * fade * ripple + 0.16 * fade * grains)[:, None] * torch.tensor([0.50, 0.40, 0.26], device=x.device)
-    ground = ground[:, None]
-    return torch.where(ground == 0, tiles, torch.where(ground == 1, planks, sand))
-
-
 def _normal(x, y, z, things):
     """Gradient of the distance by four taps on a tetrahedron."""
     e = 1e-3
-    taps = [((a, b, c), distance(x + e * a, y + e * b, z + e * c, things)[0]) for a, b, c in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1))]
+    taps = [
+        ((a, b, c), distance(x + e * a, y + e * b, z + e * c, things)[0])
+        for a, b, c in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1))
+    ]
     n = [sum(k[axis] * d for k, d in taps) for axis in range(3)]
     size = length(*n)
     return [c / size for c in n]
@@ -167,14 +114,19 @@ def _shade_things(x, y, z, dx, dy, dz, which, lit, things, look):
     albedo = albedo * torch.where(shiny > 0, 1.0, 0.86 + 0.28 * speckle)
     diffuse = (nx * lx + ny * ly + nz * lz).clamp(min=0)[:, None] * lit[:, None]
     open_sky = torch.ones_like(x)
-    for step in (0.12, 0.3):  # ambient occlusion: how much nearer than `step` is anything along the normal, ground included
+    for step in (
+        0.12,
+        0.3,
+    ):  # ambient occlusion: how much nearer than `step` is anything along the normal, ground included
         d = torch.minimum(distance(x + nx * step, y + ny * step, z + nz * step, things)[0], y + ny * step)
         open_sky = open_sky * (1 - 0.45 * (1 - d / step).clamp(0, 1))
     ambient = look["ambient"] * (0.75 + 0.45 * ny[:, None]) * open_sky[:, None]
     colour = albedo * (look["sun"] * diffuse + ambient)
     along = dx * nx + dy * ny + dz * nz
     rx, ry, rz = dx - 2 * along * nx, dy - 2 * along * ny, dz - 2 * along * nz
-    mirrored = torch.where(ry[:, None] > 0, _sky_colour(rx, ry, rz, look) * open_sky[:, None], 0.3 * look["ambient"] + 0.1 * look["sun"])
+    mirrored = torch.where(
+        ry[:, None] > 0, sky_colour(rx, ry, rz, look) * open_sky[:, None], 0.3 * look["ambient"] + 0.1 * look["sun"]
+    )
     fresnel = (0.10 + 0.90 * (1 + along).clamp(0, 1) ** 5)[:, None]
     highlight = (rx * lx + ry * ly + rz * lz).clamp(min=0)[:, None]
     highlight = (1.6 * highlight**90 + 0.25 * highlight**14) * look["sun"] * lit[:, None]
@@ -182,7 +134,7 @@ def _shade_things(x, y, z, dx, dy, dz, which, lit, things, look):
 
 
 def _shade_ground(x, z, far, lit, things, look):
-    albedo = _ground_colour(x, z, far, look)
+    albedo = ground_colour(x, z, far, look)
     contact = (distance(x, torch.full_like(x, 0.05), z, things)[0] / 0.35).clamp(0, 1)
     ambient = look["ambient"] * (0.55 + 0.45 * contact)[:, None]
     colour = albedo * (look["sun"] * (look["light"][:, 1] * lit)[:, None] + ambient)
@@ -192,7 +144,15 @@ def _shade_ground(x, z, far, lit, things, look):
 
 @cache
 def _kernels(compiled: bool):
-    functions = dict(advance=_advance, shadow=_advance_shadow, bounds=_bounds, things=_shade_things, ground=_shade_ground, sky=_sky_colour, which=distance)
+    functions = dict(
+        advance=_advance,
+        shadow=_advance_shadow,
+        bounds=_bounds,
+        things=_shade_things,
+        ground=_shade_ground,
+        sky=sky_colour,
+        which=distance,
+    )
     if not compiled:
         return functions
     return {name: torch.compile(f, dynamic=True) for name, f in functions.items()}
@@ -203,11 +163,35 @@ def _tensors(scenes: list[Scene], device):
     things = {k: torch.zeros(len(scenes), 3) for k in ("x", "y", "z", "scale", "cos", "sin", "shiny")}
     things |= {"shape": torch.full((len(scenes), 3), -1), "albedo": torch.zeros(len(scenes), 3, 3)}
     things["scale"] += 1  # nothing divides by the scale of an absent thing
-    look = {k: [] for k in ("zenith", "horizon", "sun", "ambient", "light", "cloud", "cloud_colour", "stars", "ground", "turn", "seed")}
+    look = {
+        k: []
+        for k in (
+            "zenith",
+            "horizon",
+            "sun",
+            "ambient",
+            "light",
+            "cloud",
+            "cloud_colour",
+            "stars",
+            "ground",
+            "turn",
+            "seed",
+        )
+    }
     for b, scene in enumerate(scenes):
         for k, t in enumerate(scene.things):
             centre = t.centre
-            values = dict(x=centre[0], y=centre[1], z=centre[2], scale=t.scale, cos=math.cos(t.yaw), sin=math.sin(t.yaw), shiny=FINISHES.index(t.finish), shape=SHAPES.index(t.shape))
+            values = dict(
+                x=centre[0],
+                y=centre[1],
+                z=centre[2],
+                scale=t.scale,
+                cos=math.cos(t.yaw),
+                sin=math.sin(t.yaw),
+                shiny=FINISHES.index(t.finish),
+                shape=SHAPES.index(t.shape),
+            )
             for name, value in values.items():
                 things[name][b, k] = value
             things["albedo"][b, k] = torch.tensor(ALBEDO[t.colour])
@@ -218,9 +202,19 @@ def _tensors(scenes: list[Scene], device):
         azimuth += math.copysign(0.35, azimuth)
         elevation = math.radians(low + (high - low) * elevation)
         light = (math.sin(azimuth) * math.cos(elevation), math.sin(elevation), -math.cos(azimuth) * math.cos(elevation))
-        values = dict(zenith=zenith, horizon=horizon, sun=sun, ambient=ambient, light=light, stars=float(scene.sky == "night"),
-                      cloud=0.0 if scene.sky == "night" else 0.4 + 0.6 * cloud, cloud_colour=(0.95, 0.95, 0.95) if scene.sky == "day" else (0.75, 0.25, 0.22),
-                      ground=GROUNDS.index(scene.ground), turn=turn * 1.5, seed=int(seed * 1e6))
+        values = dict(
+            zenith=zenith,
+            horizon=horizon,
+            sun=sun,
+            ambient=ambient,
+            light=light,
+            stars=float(scene.sky == "night"),
+            cloud=0.0 if scene.sky == "night" else 0.4 + 0.6 * cloud,
+            cloud_colour=(0.95, 0.95, 0.95) if scene.sky == "day" else (0.75, 0.25, 0.22),
+            ground=GROUNDS.index(scene.ground),
+            turn=turn * 1.5,
+            seed=int(seed * 1e6),
+        )
         for name, value in values.items():
             look[name].append(value)
     return {k: v.to(device) for k, v in things.items()}, {k: torch.tensor(v, device=device) for k, v in look.items()}
@@ -284,7 +278,9 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
     picture[sky] = kernel["sky"](dx[sky], dy[sky], dz[sky], of(look, sky))
     floor = (ground < t).nonzero()[:, 0]
     x, z = CAMERA[0] + ground[floor] * dx[floor], CAMERA[2] + ground[floor] * dz[floor]
-    picture[floor] = kernel["ground"](x, z, ground[floor], lit(floor, x, torch.full_like(x, 1e-3), z), of(things, floor), of(look, floor))
+    picture[floor] = kernel["ground"](
+        x, z, ground[floor], lit(floor, x, torch.full_like(x, 1e-3), z), of(things, floor), of(look, floor)
+    )
     solid = ((t < FAR) & (t <= ground)).nonzero()[:, 0]
     d = [c[solid] for c in (dx, dy, dz)]
     x, y, z = (a + t[solid] * b for a, b in zip(CAMERA, d))

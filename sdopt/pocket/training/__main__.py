@@ -29,22 +29,42 @@ def finish(args) -> None:
     if args.stage == "pictures":
         return pictures.draw_sheets(args.out, args.figures, MODELS["pocket"].guidance_scale, args.device)
     here = environment(args.device if args.stage == "card" else "cpu")
-    result = evaluate.card(args.out, args.device, args.prompts, here) if args.stage == "card" else evaluate.speed(args.out, 30, here)
+    result = (
+        evaluate.card(args.out, args.device, args.prompts, here)
+        if args.stage == "card"
+        else evaluate.speed(args.out, 30, here)
+    )
     evaluate.write_json(args.figures / "data" / machine_name(here) / f"pocket-{args.stage}.json", result)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sdopt.pocket.training", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "card", "speed", "pictures"])
-    parser.add_argument("--work", type=Path, default=Path("out/pocket"), help="checkpoints, log and caches; a killed run goes on from here")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/pocket"),
+        help="checkpoints, log and caches; a killed run goes on from here",
+    )
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where text-to-image puts the finished folders")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, help="how many scenes to train on")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="text-to-image: end the UNet's training after this long")
-    parser.add_argument("--text-steps", type=int, default=2500, help="text-to-image: the text encoder's steps before the UNet's")
-    parser.add_argument("--prompts", type=int, default=3000, help="card: how many prompts of each kind, and held-out renders")
-    parser.add_argument("--figures", type=Path, default=Path("figures"), help="pictures; card and speed: writes FIGURES/data/MACHINE/pocket-STAGE.json")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="text-to-image: end the UNet's training after this long"
+    )
+    parser.add_argument(
+        "--text-steps", type=int, default=2500, help="text-to-image: the text encoder's steps before the UNet's"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=3000, help="card: how many prompts of each kind, and held-out renders"
+    )
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        default=Path("figures"),
+        help="pictures; card and speed: writes FIGURES/data/MACHINE/pocket-STAGE.json",
+    )
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--no-compile", dest="compile", action="store_false")

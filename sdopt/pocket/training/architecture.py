@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -21,11 +27,17 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     # a frequency of 1 and a large vocabulary: merging goes on until every word is whole
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator((describe(sample(i), 0) for i in range(4000)), trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=TOKENS)
+    tokens = (
+        alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
+    tokenizer = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=TOKENS
+    )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -46,7 +58,12 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_tiny_vae() -> AutoencoderTiny:
-    return AutoencoderTiny(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, num_encoder_blocks=(1, 2, 2, 2), num_decoder_blocks=(3, 3, 3, 1))
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        num_encoder_blocks=(1, 2, 2, 2),
+        num_decoder_blocks=(3, 3, 3, 1),
+    )
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -59,7 +76,14 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1)
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
 
 
 def save_pipeline(folder: Path, vae, tiny_vae, tokenizer, text_encoder, unet) -> None:

@@ -51,7 +51,11 @@ def render_all(scenes: list[Scene], device, chunk: int = 128):
 def pictures(scenes: list[Scene], device, cache: Path | None = None) -> torch.Tensor:
     """All pictures of the scenes as uint8 [N, 3, 256, 256] on the device; `cache` keeps them in a file for the next stage."""
     if cache and cache.exists() and cache.stat().st_size == len(scenes) * 3 * 256 * 256:
-        return torch.from_file(str(cache), size=len(scenes) * 3 * 256 * 256, dtype=torch.uint8).view(-1, 3, 256, 256).to(device)
+        return (
+            torch.from_file(str(cache), size=len(scenes) * 3 * 256 * 256, dtype=torch.uint8)
+            .view(-1, 3, 256, 256)
+            .to(device)
+        )
     out = torch.empty(len(scenes), 3, 256, 256, dtype=torch.uint8, device=device)
     start = 0
     for chunk in render_all(scenes, device):

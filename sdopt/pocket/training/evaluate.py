@@ -82,7 +82,13 @@ def draw(pipe, asked: list[Prompt], guidance: float, what: str) -> torch.Tensor:
     for start in tqdm(range(0, len(asked), BATCH), desc=what):
         rows = asked[start : start + BATCH]
         generators = [torch.Generator().manual_seed(start + k) for k in range(len(rows))]
-        out = pipe([p.text for p in rows], num_inference_steps=STEPS, guidance_scale=guidance, generator=generators, output_type="pt").images
+        out = pipe(
+            [p.text for p in rows],
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="pt",
+        ).images
         images.append((out * 255).round().to(torch.uint8))
     return torch.cat(images)
 
@@ -127,7 +133,7 @@ def card(weights: Path, device: str, n: int, environment: dict) -> dict:
     metrics = {**measure_prompts(pipe, oracle, best, n), **metrics}
     return {
         "schema": 1, "study": "pocket-card", "environment": environment,
-        "settings": {"steps": STEPS, "guidance_scale": best, "scheduler": "euler", "dtype": "float32, TF32 matmuls on a GPU", "prompts": n, "interval": "95 %, bootstrap over whole prompts"},
+        "settings": {"steps": STEPS, "guidance_scale": best, "scheduler": "euler", "dtype": "float32, PyTorch's default TF32 (convolutions alone)", "prompts": n, "interval": "95 %, bootstrap over whole prompts"},
         "metrics": metrics, "guidance_sweep": rows, "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
@@ -135,7 +141,10 @@ def card(weights: Path, device: str, n: int, environment: dict) -> dict:
 def speed(weights: Path, runs: int, environment: dict) -> dict:
     """What pocket costs on this CPU: a guided UNet call, both decoders, the size of what is shipped."""
     pipe, tiny, _ = load(weights, "cpu")
-    latents, words = torch.randn(2, 4, 32, 32), torch.randn(2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim)
+    latents, words = (
+        torch.randn(2, 4, 32, 32),
+        torch.randn(2, pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim),
+    )
     calls = {
         "unet_guided_call_s": lambda: pipe.unet(latents, 500, words),
         "vae_decode_s": lambda: pipe.vae.decode(latents[:1]),

@@ -29,7 +29,21 @@ def write_log(work: Path, stage: str, entry: dict) -> None:
     os.replace(part, work / "training.json")
 
 
-def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: int, lr: float, work: Path, ema: float = 0.999, seed: int = 0, compiled: bool = True, minutes: float = math.inf) -> None:
+def fit(
+    stage: str,
+    modules: nn.ModuleDict,
+    draw,
+    loss,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    work: Path,
+    ema: float = 0.999,
+    seed: int = 0,
+    compiled: bool = True,
+    minutes: float = math.inf,
+) -> None:
     """Train `modules` in place and leave their exponential moving average in them.
 
     `draw(generator)` gives one batch of tensors, `loss(*batch)` the loss to minimise. Every step's generator is seeded
@@ -43,16 +57,37 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
     average = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
     for p in parameters:  # so that a checkpoint can be read into the moments before the first step
-        optimiser.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimiser.state[p] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     path = work / f"{stage}.safetensors"
-    entry = {"settings": {"steps": steps, "batch": batch, "lr": lr, "ema": ema, "seed": seed}, "parameters": sum(p.numel() for p in parameters), "seconds": 0.0, "points": []}
+    entry = {
+        "settings": {
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "ema": ema,
+            "seed": seed,
+            "minutes": None if math.isinf(minutes) else minutes,
+        },
+        "parameters": sum(p.numel() for p in parameters),
+        "seconds": 0.0,
+        "points": [],
+    }
     first = 0
 
-    def state() -> dict[str, torch.Tensor]:
+    def state(step: int) -> dict[str, torch.Tensor]:
         out = {"step": torch.tensor(step)}
         for (name, p), mean in zip(named.items(), average):
             moments = optimiser.state[p]
-            out |= {f"weight.{name}": p.detach(), f"ema.{name}": mean, f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
+            out |= {
+                f"weight.{name}": p.detach(),
+                f"ema.{name}": mean,
+                f"first.{name}": moments["exp_avg"],
+                f"second.{name}": moments["exp_avg_sq"],
+            }
         return out
 
     if path.exists():
@@ -69,7 +104,7 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
 
     def save(step: int) -> None:
         part = path.with_suffix(".part")
-        save_file({k: v.contiguous() for k, v in state().items()}, part)
+        save_file({k: v.contiguous() for k, v in state(step).items()}, part)
         os.replace(part, path)
         write_log(work, stage, entry)
 
@@ -78,7 +113,7 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
     started = saved_at = time.perf_counter()
     before = entry["seconds"]
     every = max(1, steps // 100)
-    total, since = torch.zeros((), device=device), time.perf_counter()
+    total, counted, since = torch.zeros((), device=device), 0, time.perf_counter()
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, mininterval=2)
     step = first
     for step in bar:
@@ -99,17 +134,25 @@ def fit(stage: str, modules: nn.ModuleDict, draw, loss, *, steps: int, batch: in
         decay = min(ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         total += value.detach()
+        counted += 1
         if (step + 1) % every == 0 or step + 1 == steps:
-            now, mean = time.perf_counter(), total.item() / every
-            point = {"step": step + 1, "loss": round(mean, 6), "images_per_s": round(every * batch / (now - since), 1), "lr": round(rate, 9)}
+            now, mean = time.perf_counter(), total.item() / counted
+            point = {
+                "step": step + 1,
+                "loss": round(mean, 6),
+                "images_per_s": round(counted * batch / (now - since), 1),
+                "lr": round(rate, 9),
+            }
             entry["points"].append(point)
             entry["seconds"] = before + now - started
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{point['images_per_s']:.0f}")
             if not math.isfinite(mean):
-                raise SystemExit(f"{stage}: the loss is {mean} at step {step + 1}; lower --lr and start again from the last checkpoint")
+                raise SystemExit(
+                    f"{stage}: the loss is {mean} at step {step + 1}; lower --lr and start again from the last checkpoint"
+                )
             total.zero_()
-            since = now
-        if time.perf_counter() - saved_at > SAVE_EVERY_S:
+            counted, since = 0, now
+        if time.perf_counter() - saved_at > SAVE_EVERY_S and math.isfinite(value.item()):
             step += 1
             save(step)
             saved_at = time.perf_counter()

@@ -43,7 +43,12 @@ def _verdict(agreement: Agreement) -> str:
 def draw_sheets(weights: Path, figures: Path, guidance: float, device: str) -> None:
     """Write pocket-world.png and pocket-samples.png; the samples are the first 16 test prompts with seeds 0 to 15."""
     scenes = draw_scenes(ROWS * COLUMNS, first=FIRST_HELD_OUT_RENDER)
-    contact_sheet(render(scenes, device=device), [s.caption() for s in scenes], "pocket's world: renders and their captions", figures / "pocket-world.png")
+    contact_sheet(
+        render(scenes, device=device),
+        [s.caption() for s in scenes],
+        "pocket's world: renders and their captions",
+        figures / "pocket-world.png",
+    )
     pipe, _, oracle = load(weights, device)
     asked = test_prompts(ROWS * COLUMNS)
     images = draw(pipe, asked, guidance, "samples")

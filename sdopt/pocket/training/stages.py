@@ -50,11 +50,21 @@ def save_half(model, folder: Path) -> None:
 
 
 def load_vae(work: Path, device) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(work / "vae").to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return (
+        AutoencoderKL.from_pretrained(work / "vae")
+        .to(device, memory_format=torch.channels_last)
+        .requires_grad_(False)
+        .eval()
+    )
 
 
 def load_tiny(work: Path, device) -> AutoencoderTiny:
-    return AutoencoderTiny.from_pretrained(work / "tiny_vae").to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return (
+        AutoencoderTiny.from_pretrained(work / "tiny_vae")
+        .to(device, memory_format=torch.channels_last)
+        .requires_grad_(False)
+        .eval()
+    )
 
 
 def sampler(images: torch.Tensor, batch: int):
@@ -77,7 +87,17 @@ def train_vae(args) -> None:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return reconstruction_loss(decode(vae, mean + torch.exp(0.5 * logvar) * noise), x) + 1e-5 * kl
 
-    fit("vae", nn.ModuleDict({"vae": vae}), sampler(images, args.batch), loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, compiled=args.compile)
+    fit(
+        "vae",
+        nn.ModuleDict({"vae": vae}),
+        sampler(images, args.batch),
+        loss,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        work=args.work,
+        compiled=args.compile,
+    )
     with torch.no_grad():  # diffusion wants latents of unit deviation
         deviation = torch.cat([moments(vae, to_float(chunk))[0] for chunk in images[:2048].split(64)]).std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
@@ -97,9 +117,21 @@ def train_tiny_vae(args) -> None:
             mean = moments(vae, x)[0]
             latents = mean + 0.02 / scale * noise  # pocket's own latents are never quite an encoder's
             target = decode(vae, latents).float()
-        return reconstruction_loss(tiny.decoder(latents * scale), target) + F.mse_loss(tiny.encoder(x).float(), mean * scale)
+        return reconstruction_loss(tiny.decoder(latents * scale), target) + F.mse_loss(
+            tiny.encoder(x).float(), mean * scale
+        )
 
-    fit("tiny-vae", nn.ModuleDict({"tiny": tiny}), sampler(images, args.batch), loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, compiled=args.compile)
+    fit(
+        "tiny-vae",
+        nn.ModuleDict({"tiny": tiny}),
+        sampler(images, args.batch),
+        loss,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        work=args.work,
+        compiled=args.compile,
+    )
     save_half(tiny, args.work / "tiny_vae")
 
 
@@ -121,7 +153,11 @@ def train_oracle(args) -> None:
         x = to_float(pixels)
         with torch.no_grad():
             latents = moments(vae, x[: 2 * quarter])[0] + 0.1 / vae.config.scaling_factor * noise[: 2 * quarter]
-            seen = [decode(vae, latents[:quarter]).float(), tiny.decoder(latents[quarter:] * vae.config.scaling_factor).float(), x[2 * quarter :]]
+            seen = [
+                decode(vae, latents[:quarter]).float(),
+                tiny.decoder(latents[quarter:] * vae.config.scaling_factor).float(),
+                x[2 * quarter :],
+            ]
             grain = F.interpolate(noise[:, :3], scale_factor=8.0) * noise[:, 3:, :1, :1].abs() * 0.02
             x = torch.cat(seen).clamp(-1, 1) + grain
         out = {k: v.float() for k, v in oracle(x).items()}
@@ -131,18 +167,34 @@ def train_oracle(args) -> None:
         # a neighbour of a centre is not quite wrong: its penalty is lowered by how near it is, as in CenterNet
         near = F.conv2d(spots.view(-1, 1, GRID, GRID), kernel, padding=2).flatten(1).clamp(max=1)
         p = logits.sigmoid()
-        heat = -spots * (1 - p) ** 2 * F.logsigmoid(logits) - (1 - spots) * (1 - near) ** 4 * p**2 * F.logsigmoid(-logits)
+        heat = -spots * (1 - p) ** 2 * F.logsigmoid(logits) - (1 - spots) * (1 - near) ** 4 * p**2 * F.logsigmoid(
+            -logits
+        )
         total = heat.sum() / there.sum()
         for head, width in HEADS.items():
             if head == "heat":
                 continue
             at = out[head].flatten(2).gather(2, cell[:, None].expand(-1, width, -1)).transpose(1, 2)[there]
-            total = total + (2 * F.smooth_l1_loss(at, wanted["place"][there], beta=0.1) if head == "place" else F.cross_entropy(at, wanted[head][there]))
+            total = total + (
+                2 * F.smooth_l1_loss(at, wanted["place"][there], beta=0.1)
+                if head == "place"
+                else F.cross_entropy(at, wanted[head][there])
+            )
         return total + F.cross_entropy(out["sky"], wanted["sky"]) + F.cross_entropy(out["ground"], wanted["ground"])
 
     ticks = torch.arange(-2, 3, device=args.device).float()
     kernel = torch.exp(-(ticks[:, None] ** 2 + ticks**2) / 2)[None, None]
-    fit("oracle", nn.ModuleDict({"oracle": oracle}), draw, loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, compiled=False)
+    fit(
+        "oracle",
+        nn.ModuleDict({"oracle": oracle}),
+        draw,
+        loss,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        work=args.work,
+        compiled=False,
+    )
     save_file({k: v.half().contiguous() for k, v in oracle.state_dict().items()}, args.work / "oracle.safetensors")
 
 
@@ -153,11 +205,22 @@ def latents_and_captions(args, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
         vae = load_vae(args.work, args.device)
         scenes = draw_scenes(args.scenes, held_out=False)
         texts = [t for row in write_captions(scenes) for t in row]
-        ids = tokenizer(texts, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            texts, padding="max_length", max_length=architecture.TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         encode = torch.compile(moments, dynamic=False) if args.compile else moments
         with torch.no_grad(), torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16):
-            rows = [(encode(vae, to_float(chunk))[0] * vae.config.scaling_factor).half() for chunk in render_all(scenes, args.device)]
-        save_file({"latents": torch.cat(rows).contiguous().cpu(), "ids": ids.view(-1, WORDINGS, architecture.TOKENS).to(torch.int16)}, cache)
+            rows = [
+                (encode(vae, to_float(chunk))[0] * vae.config.scaling_factor).half()
+                for chunk in render_all(scenes, args.device)
+            ]
+        save_file(
+            {
+                "latents": torch.cat(rows).contiguous().cpu(),
+                "ids": ids.view(-1, WORDINGS, architecture.TOKENS).to(torch.int16),
+            },
+            cache,
+        )
     saved = load_file(cache, device=args.device)
     return saved["latents"], saved["ids"]
 
@@ -170,7 +233,9 @@ def train_text_to_image(args) -> None:
     text.learn_facts(encoder, tokenizer, ids, args)
     unet = architecture.make_unet().to(args.device, memory_format=torch.channels_last)
     signal = architecture.make_scheduler().alphas_cumprod.to(args.device)
-    empty = tokenizer("", padding="max_length", max_length=architecture.TOKENS, return_tensors="pt").input_ids.to(args.device)
+    empty = tokenizer("", padding="max_length", max_length=architecture.TOKENS, return_tensors="pt").input_ids.to(
+        args.device
+    )
 
     def draw(generator):
         some = dict(generator=generator, device=latents.device)
@@ -189,13 +254,32 @@ def train_text_to_image(args) -> None:
         return F.mse_loss(unet(noisy, t, encoder(words).last_hidden_state, return_dict=False)[0].float(), velocity)
 
     modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
-    fit("text-to-image", modules, draw, loss, steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, ema=0.9995, compiled=args.compile, minutes=args.minutes)
+    fit(
+        "text-to-image",
+        modules,
+        draw,
+        loss,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        work=args.work,
+        ema=0.9995,
+        compiled=args.compile,
+        minutes=args.minutes,
+    )
     assemble(args, tokenizer, encoder, unet)
 
 
 def assemble(args, tokenizer: CLIPTokenizer, encoder, unet: UNet2DConditionModel) -> None:
     """Put the trained parts together as the folders that sdopt ships."""
     args.out.mkdir(parents=True, exist_ok=True)
-    architecture.save_pipeline(args.out / "pipeline", load_vae(args.work, "cpu"), load_tiny(args.work, "cpu"), tokenizer, encoder.cpu(), unet.cpu())
+    architecture.save_pipeline(
+        args.out / "pipeline",
+        load_vae(args.work, "cpu"),
+        load_tiny(args.work, "cpu"),
+        tokenizer,
+        encoder.cpu(),
+        unet.cpu(),
+    )
     save_file(load_file(args.work / "oracle.safetensors"), args.out / "oracle.safetensors")
     tqdm.write(f"wrote {args.out}")

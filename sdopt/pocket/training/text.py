@@ -33,7 +33,9 @@ class Facts(nn.Module):
         self.relation = nn.Sequential(nn.Linear(TEXT_WIDTH + 128, 256), nn.SiLU(), nn.Linear(256, len(RELATIONS) + 1))
 
     def forward(self, state, first, second):
-        queries = torch.cat([state[:, None].expand(-1, first.shape[1], -1), self.pair(first), self.pair(second)], dim=-1)
+        queries = torch.cat(
+            [state[:, None].expand(-1, first.shape[1], -1), self.pair(first), self.pair(second)], dim=-1
+        )
         return self.named(state), self.relation(queries)
 
 
@@ -59,7 +61,19 @@ def learn_facts(encoder, tokenizer, ids: torch.Tensor, args) -> None:
         state = encoder(words).last_hidden_state
         state = state[torch.arange(len(words), device=words.device), at].float()
         there, related = heads(state, between[..., 0].clamp(min=0), between[..., 1].clamp(min=0))
-        return 10 * F.binary_cross_entropy_with_logits(there.float(), names) + F.cross_entropy(related.float().flatten(0, 1), between[..., 2].flatten(), ignore_index=-1)
+        return 10 * F.binary_cross_entropy_with_logits(there.float(), names) + F.cross_entropy(
+            related.float().flatten(0, 1), between[..., 2].flatten(), ignore_index=-1
+        )
 
     modules = nn.ModuleDict({"encoder": encoder, "heads": heads})
-    fit("text-encoder", modules, draw, loss, steps=args.text_steps, batch=args.batch, lr=1e-3, work=args.work, compiled=False)
+    fit(
+        "text-encoder",
+        modules,
+        draw,
+        loss,
+        steps=args.text_steps,
+        batch=args.batch,
+        lr=1e-3,
+        work=args.work,
+        compiled=False,
+    )
