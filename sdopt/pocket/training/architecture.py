@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -97,10 +96,3 @@ def save_pipeline(folder: Path, vae, tiny_vae, tokenizer, text_encoder, unet) ->
     )  # fmt: skip
     pipe.save_pretrained(folder, max_shard_size="14MB")
     tiny_vae.half().save_pretrained(folder / "tiny_vae")
-
-
-def untrained(folder: Path) -> None:
-    """A pipeline folder of the right shape with seeded random weights: for trying the code before the weights exist."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    save_pipeline(folder, make_vae(), make_tiny_vae(), tokenizer, make_text_encoder(tokenizer), make_unet())
