@@ -112,7 +112,7 @@ def _ladder(axes, rows):
         axes.errorbar(middle, y, xerr=spread, fmt="o", color=INK, markersize=4, capsize=3, linewidth=1.2)
         gain = f"   {base['latency_s']['median'] / middle:.2f}x" if base else ""
         axes.text(max(left, latency["p80"]) + longest * 0.015, y, seconds(middle) + gain, va="center", color=INK)
-    axes.set_yticks(range(len(rows)), [f"{row['id']}" for row in rows], fontsize=10)
+    axes.set_yticks(range(len(rows)), [row["id"] for row in rows], fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.2)
     axes.set_xlabel("seconds; bars: the stages of one call; dot: median of the timed calls, p20 to p80", color=QUIET)

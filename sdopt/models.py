@@ -43,7 +43,6 @@ class Model:
     """What every row of a model shares: where its weights are, and the settings of one picture."""
 
     name: str
-    title: str
     weights: str  # where the weights come from when nothing else is said: "shipped" or "hub"
     height: int
     width: int
@@ -65,7 +64,6 @@ MODELS = {
     for model in (
         Model(
             name="pocket",
-            title="pocket",
             weights="shipped",
             height=256,
             width=256,
@@ -77,7 +75,6 @@ MODELS = {
         ),
         Model(
             name="sd15",
-            title="Stable Diffusion 1.5",
             weights="hub",
             height=512,
             width=512,
@@ -91,7 +88,6 @@ MODELS = {
         ),
         Model(
             name="sdxl",
-            title="Stable Diffusion XL",
             weights="hub",
             height=1024,
             width=1024,
@@ -158,8 +154,7 @@ def load(name, weights=None, device="cpu"):
         pipe = _from_hub(chosen)
     else:
         pipe = _from_folder(chosen, PIPELINE if weights == chosen.weights else Path(weights))
-    if chosen.scheduler in SCHEDULERS:
-        pipe.scheduler = SCHEDULERS[chosen.scheduler].from_config(pipe.scheduler.config)
+    pipe.scheduler = SCHEDULERS[chosen.scheduler].from_config(pipe.scheduler.config)
     return pipe.to(device)
 
 

@@ -5,6 +5,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sdopt.errors import UserError
+from sdopt.pocket.oracle import to_pixels
 
 
 def drift(images, reference):
@@ -14,7 +15,7 @@ def drift(images, reference):
     over all pixels together, in dB, and None when exact (it would be infinite). Raises UserError when shapes differ.
     Introduced in notebooks/02_bf16.
     """
-    a, b = _pixels(images), _pixels(reference)
+    a, b = (to_pixels(x if isinstance(x, (list, tuple)) else [x]) for x in (images, reference))
     if a.shape != b.shape:
         raise UserError(f"cannot compare images of shape {list(a.shape)} with {list(b.shape)}: draw them alike")
     exact = bool(torch.equal(a, b))
@@ -23,11 +24,6 @@ def drift(images, reference):
         "max_abs": int((a.int() - b.int()).abs().max()),
         "psnr_db": None if exact else peak_signal_noise_ratio(a.float(), b.float(), data_range=255.0).item(),
     }
-
-
-def _pixels(images):
-    images = images if isinstance(images, (list, tuple)) else [images]
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
 def adherence(agreements, resamples=1000, seed=0):

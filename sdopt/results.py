@@ -106,7 +106,12 @@ def write_whole(path, data):
 def write(path, result):
     """Validate `result` and write it to `path` whole. Raises UserError as `validate` and `write_whole` do."""
     validate(result, path)
-    write_whole(path, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_json(path, result)
+
+
+def write_json(path, content):
+    """Write any JSON file whole. Raises UserError as `write_whole` does."""
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read(path):

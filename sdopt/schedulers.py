@@ -1,12 +1,11 @@
 """Step 8: the sampler. Fewer, better steps."""
 
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler
 
+from sdopt import models
 from sdopt.errors import UserError
 
-SCHEDULERS = {
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+SCHEDULERS = {name: (cls, {}) for name, cls in models.SCHEDULERS.items()} | {
     "dpm": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }
 

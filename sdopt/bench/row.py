@@ -1,7 +1,6 @@
 """What happens in the process of one row: load, prepare, time, look."""
 
 import os
-import warnings
 from dataclasses import dataclass, field
 
 import diffusers
@@ -37,7 +36,6 @@ class Job:
 
 def measure(job, tell):
     """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
-    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # torchao's, about a cache key
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipe = models.load(job.model, job.weights, job.device)

@@ -5,6 +5,7 @@ centre what stands there and where in the world. Relations follow from the coord
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +117,12 @@ def _decode(out: dict[str, torch.Tensor]) -> Reading:
 
 
 @cache
-def load_oracle(device: str = "cpu") -> Oracle:
-    """The trained oracle, fp32, in evaluation mode. Raises UserError where its weights are missing or damaged."""
-    path = WEIGHTS / "oracle.safetensors"
+def load_oracle(weights: Path | None = None) -> Oracle:
+    """The trained oracle, fp32, in evaluation mode; `weights`: another folder than the shipped one.
+
+    Raises UserError where its weights are missing or damaged.
+    """
+    path = (weights or WEIGHTS) / "oracle.safetensors"
     oracle = Oracle()
     try:
         oracle.load_state_dict(load_file(path))
@@ -126,4 +130,4 @@ def load_oracle(device: str = "cpu") -> Oracle:
         raise UserError(
             f"cannot load the oracle from {path} ({type(error).__name__}); restore it with `git checkout -- {path}`"
         ) from error
-    return oracle.eval().to(device)
+    return oracle.eval()

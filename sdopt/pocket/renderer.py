@@ -15,7 +15,7 @@ from sdopt.pocket.scenes import (
     CAMERA,
     FINISHES,
     GROUNDS,
-    LOOK_AT,
+    PITCH,
     SHAPES,
     TAN_HALF_FOV,
     Scene,
@@ -102,8 +102,7 @@ def _normal(x, y, z, things):
     return [c / size for c in n]
 
 
-def _shade_things(x, y, z, dx, dy, dz, which, lit, things, look):
-    nx, ny, nz = _normal(x, y, z, things)
+def _shade_things(x, y, z, dx, dy, dz, nx, ny, nz, which, lit, things, look):
     pick = lambda v: torch.gather(v, 1, which[:, None])[:, 0]
     albedo = torch.gather(things["albedo"], 1, which[:, None, None].expand(-1, 1, 3))[:, 0]
     shiny = pick(things["shiny"])[:, None]
@@ -152,6 +151,7 @@ def _kernels(compiled: bool):
         ground=_shade_ground,
         sky=sky_colour,
         which=distance,
+        normal=_normal,
     )
     if not compiled:
         return functions
@@ -163,22 +163,7 @@ def _tensors(scenes: list[Scene], device):
     things = {k: torch.zeros(len(scenes), 3) for k in ("x", "y", "z", "scale", "cos", "sin", "shiny")}
     things |= {"shape": torch.full((len(scenes), 3), -1), "albedo": torch.zeros(len(scenes), 3, 3)}
     things["scale"] += 1  # nothing divides by the scale of an absent thing
-    look = {
-        k: []
-        for k in (
-            "zenith",
-            "horizon",
-            "sun",
-            "ambient",
-            "light",
-            "cloud",
-            "cloud_colour",
-            "stars",
-            "ground",
-            "turn",
-            "seed",
-        )
-    }
+    looks = []
     for b, scene in enumerate(scenes):
         for k, t in enumerate(scene.things):
             centre = t.centre
@@ -202,7 +187,7 @@ def _tensors(scenes: list[Scene], device):
         azimuth += math.copysign(0.35, azimuth)
         elevation = math.radians(low + (high - low) * elevation)
         light = (math.sin(azimuth) * math.cos(elevation), math.sin(elevation), -math.cos(azimuth) * math.cos(elevation))
-        values = dict(
+        look = dict(
             zenith=zenith,
             horizon=horizon,
             sun=sun,
@@ -215,17 +200,16 @@ def _tensors(scenes: list[Scene], device):
             turn=turn * 1.5,
             seed=int(seed * 1e6),
         )
-        for name, value in values.items():
-            look[name].append(value)
-    return {k: v.to(device) for k, v in things.items()}, {k: torch.tensor(v, device=device) for k, v in look.items()}
+        looks.append(look)
+    look = {k: torch.tensor([row[k] for row in looks], device=device) for k in looks[0]}
+    return {k: v.to(device) for k, v in things.items()}, look
 
 
 def _rays(size: int, device):
     """Directions of the camera's rays, [size * size] each of x, y, z, row by row from the top left."""
-    pitch = math.atan2(CAMERA[1] - LOOK_AT[1], LOOK_AT[2] - CAMERA[2])
     p = (torch.arange(size, device=device) + 0.5) / size * 2 - 1
     v, u = torch.meshgrid(p * TAN_HALF_FOV, p * TAN_HALF_FOV, indexing="ij")
-    dx, dy, dz = u, -v * math.cos(pitch) - math.sin(pitch), math.cos(pitch) - v * math.sin(pitch)
+    dx, dy, dz = u, -v * math.cos(PITCH) - math.sin(PITCH), math.cos(PITCH) - v * math.sin(PITCH)
     norm = length(dx, dy, dz)
     return [(c / norm).flatten() for c in (dx, dy, dz)]
 
@@ -245,8 +229,8 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
     dx, dy, dz = (d.repeat(n) for d in _rays(size * samples, device))
     of = lambda table, index: {k: v[scene[index]] for k, v in table.items()}
 
-    def nearest(index, ox, oy, oz, dx, dy, dz, steps):
-        """Trace the rays `index`: distance to a thing or FAR."""
+    def near_things(index, ox, oy, oz, dx, dy, dz):
+        """Where the rays `index` first come near a thing, FAR where never; which do, and their origins, ways, things."""
         t = kernel["bounds"](ox, oy, oz, dx, dy, dz, of(things, index))
         some = (t < FAR).nonzero()[:, 0]
         o, d, near = [c[some] for c in (ox, oy, oz)], [c[some] for c in (dx, dy, dz)], of(things, index[some])
@@ -254,7 +238,7 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
 
     everything = torch.arange(n * rays, device=device)
     ox, oy, oz = (torch.full_like(dx, c) for c in CAMERA)
-    t, some, o, d, near = nearest(everything, ox, oy, oz, dx, dy, dz, 48)
+    t, some, o, d, near = near_things(everything, ox, oy, oz, dx, dy, dz)
     reached = t[some]
     for _ in range(48):
         reached = kernel["advance"](reached, *o, *d, near)
@@ -265,7 +249,7 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
     def lit(index, x, y, z):
         """Share of the light that reaches points, 0 to 1."""
         lx, ly, lz = look["light"][scene[index]].unbind(1)
-        _, some, o, d, near = nearest(index, x, y, z, lx, ly, lz, 24)
+        _, some, o, d, near = near_things(index, x, y, z, lx, ly, lz)
         step, share = torch.full_like(o[0], 0.03), torch.ones_like(o[0])
         for _ in range(26):
             step, share = kernel["shadow"](step, share, *o, *d, near)
@@ -286,9 +270,9 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
     x, y, z = (a + t[solid] * b for a, b in zip(CAMERA, d))
     own = of(things, solid)
     _, which = kernel["which"](x, y, z, own)
-    nx, ny, nz = _normal(x, y, z, own)
-    light = lit(solid, x + 0.02 * nx, y + 0.02 * ny, z + 0.02 * nz)
-    picture[solid] = kernel["things"](x, y, z, *d, which, light, own, of(look, solid))
+    normal = kernel["normal"](x, y, z, own)
+    light = lit(solid, *(c + 0.02 * n for c, n in zip((x, y, z), normal)))
+    picture[solid] = kernel["things"](x, y, z, *d, *normal, which, light, own, of(look, solid))
 
     picture = picture * (1 + picture / 6) / (1 + picture)  # Reinhard's curve keeps highlights from clipping
     picture = (1.25 * picture).clamp(0, 1) ** (1 / 2.2)

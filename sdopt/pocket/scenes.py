@@ -25,6 +25,7 @@ HALF_HEIGHT = {"sphere": 0.92, "cube": 0.84, "cylinder": 0.90, "cone": 0.96, "to
 
 CAMERA = (0.0, 2.3, -6.4)
 LOOK_AT = (0.0, 0.75, 0.0)
+PITCH = math.atan2(CAMERA[1] - LOOK_AT[1], LOOK_AT[2] - CAMERA[2])  # how far the camera looks down, in radians
 TAN_HALF_FOV = 0.43
 DEPTH = 1.9  # things stand within this distance of z = 0
 
@@ -143,10 +144,9 @@ def leading_relation(a: Thing, b: Thing) -> tuple[str, float]:
 
 def project(x: float, y: float, z: float) -> tuple[float, float, float]:
     """World to picture: (u, v, depth), u and v from -1 to 1 with v down, depth along the camera's axis in world units."""
-    pitch = math.atan2(CAMERA[1] - LOOK_AT[1], LOOK_AT[2] - CAMERA[2])
     ry, rz = y - CAMERA[1], z - CAMERA[2]
-    depth = rz * math.cos(pitch) - ry * math.sin(pitch)
-    up = rz * math.sin(pitch) + ry * math.cos(pitch)
+    depth = rz * math.cos(PITCH) - ry * math.sin(PITCH)
+    up = rz * math.sin(PITCH) + ry * math.cos(PITCH)
     return (x - CAMERA[0]) / (depth * TAN_HALF_FOV), -up / (depth * TAN_HALF_FOV), depth
 
 

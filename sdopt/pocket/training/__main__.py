@@ -13,7 +13,7 @@ import torch
 from sdopt.models import MODELS
 from sdopt.pocket import WEIGHTS
 from sdopt.pocket.training import evaluate, pictures, stages
-from sdopt.results import environment, machine_name
+from sdopt.results import environment, machine_name, write_json
 
 # stage: (function, scenes, steps, batch, learning rate)
 STAGES = {
@@ -34,7 +34,7 @@ def finish(args) -> None:
         if args.stage == "card"
         else evaluate.speed(args.out, 30, here)
     )
-    evaluate.write_json(args.figures / "data" / machine_name(here) / f"pocket-{args.stage}.json", result)
+    write_json(args.figures / "data" / machine_name(here) / f"pocket-{args.stage}.json", result)
 
 
 def main() -> None:

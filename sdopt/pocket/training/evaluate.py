@@ -1,18 +1,16 @@
 """Measures the finished pocket: how well it does what its prompts say, and how much its parts lose on the way."""
 
-import json
 import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from safetensors.torch import load_file
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from sdopt.pocket.captions import Prompt, prompts
-from sdopt.pocket.oracle import Oracle
-from sdopt.pocket.scenes import Scene
+from sdopt.pocket.oracle import Oracle, load_oracle
+from sdopt.pocket.scenes import Agreement, Reading, Scene
 from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes, pictures
 from sdopt.quality import adherence, share
 from sdopt.timing import measure
@@ -27,9 +25,7 @@ def load(weights: Path, device):
     pipe = DiffusionPipeline.from_pretrained(weights / "pipeline").to(device)
     pipe.set_progress_bar_config(disable=True)
     tiny = AutoencoderTiny.from_pretrained(weights / "pipeline" / "tiny_vae").to(device).eval()
-    oracle = Oracle()
-    oracle.load_state_dict(load_file(weights / "oracle.safetensors"))
-    return pipe, tiny, oracle.eval().to(device)
+    return pipe, tiny, load_oracle(weights).to(device)
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
@@ -43,8 +39,13 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> list[tuple[float]]:
     return [(v,) for v in values.tolist()]
 
 
-def judge(scenes: list[Scene], images: torch.Tensor, oracle: Oracle) -> list:
-    return [scene.compare(reading) for scene, reading in zip(scenes, oracle.read(images))]
+def judge(scenes: list[Scene], readings: list[Reading]) -> list[Agreement]:
+    return [scene.compare(reading) for scene, reading in zip(scenes, readings)]
+
+
+def judge_shuffled(scenes: list[Scene], readings: list[Reading]) -> list[Agreement]:
+    """The control: every picture against the next one's prompt."""
+    return judge(scenes[1:] + scenes[:1], readings)
 
 
 @torch.no_grad()
@@ -58,8 +59,9 @@ def measure_parts(vae, tiny, oracle: Oracle, device, n: int) -> dict:
         full.append(to_bytes(vae.decode(latents).sample))
         small.append(to_bytes(tiny.decode(latents * vae.config.scaling_factor).sample))
     full, small = torch.cat(full), torch.cat(small)
-    read, redrawn, tiny_redrawn = (judge(scenes, x, oracle) for x in (images, full, small))
-    shuffled = [scene.compare(reading) for scene, reading in zip(scenes[1:] + scenes[:1], oracle.read(images))]
+    readings = oracle.read(images)
+    read, shuffled = judge(scenes, readings), judge_shuffled(scenes, readings)
+    redrawn, tiny_redrawn = (judge(scenes, oracle.read(x)) for x in (full, small))
     return {
         "oracle_objects": adherence(read)["objects"],
         "oracle_relations": adherence(read)["relations"],
@@ -96,11 +98,9 @@ def draw(pipe, asked: list[Prompt], guidance: float, what: str) -> torch.Tensor:
 def measure_prompts(pipe, oracle: Oracle, guidance: float, n: int) -> dict:
     """Adherence on prompts never trained on: of pairs that training showed, and of scenes with a pair it never did."""
     seen, unseen = prompts(n, "test"), prompts(n, "test", held_out=True)
-    read = judge([p.scene for p in seen], draw(pipe, seen, guidance, "prompts"), oracle)
-    images = draw(pipe, unseen, guidance, "held-out pairs")
-    readings = oracle.read(images)
-    combined = [p.scene.compare(r) for p, r in zip(unseen, readings)]
-    shuffled = [p.scene.compare(r) for p, r in zip(unseen[1:] + unseen[:1], readings)]
+    read = judge([p.scene for p in seen], oracle.read(draw(pipe, seen, guidance, "prompts")))
+    scenes, readings = [p.scene for p in unseen], oracle.read(draw(pipe, unseen, guidance, "held-out pairs"))
+    combined, shuffled = judge(scenes, readings), judge_shuffled(scenes, readings)
     return {
         **adherence(read),
         "objects_held_out": share([tuple(ok for ok, new in zip(a.objects, a.held_out) if new) for a in combined]),
@@ -118,7 +118,8 @@ def sweep(pipe, oracle: Oracle, n: int) -> list[dict]:
     asked = prompts(n, "validation")
     rows = []
     for guidance in GUIDANCES:
-        result = adherence(judge([p.scene for p in asked], draw(pipe, asked, guidance, f"guidance {guidance}"), oracle))
+        images = draw(pipe, asked, guidance, f"guidance {guidance}")
+        result = adherence(judge([p.scene for p in asked], oracle.read(images)))
         rows.append({"guidance_scale": guidance, "objects": result["objects"], "relations": result["relations"]})
     return rows
 
@@ -153,7 +154,7 @@ def speed(weights: Path, runs: int, environment: dict) -> dict:
     metrics = {}
     with torch.no_grad():
         for name, call in calls.items():
-            timing = measure(call, runs)
+            timing = measure(call, runs, "cpu")
             metrics[name] = {"median": timing.median, "p20": timing.p20, "p80": timing.p80, "runs": list(timing.runs_s)}
     metrics["tiny_vae_speedup"] = metrics["vae_decode_s"]["median"] / metrics["tiny_vae_decode_s"]["median"]
     size = lambda path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 2**20
@@ -161,8 +162,3 @@ def speed(weights: Path, runs: int, environment: dict) -> dict:
     metrics["oracle_mib"] = (weights / "oracle.safetensors").stat().st_size / 2**20
     settings = {"dtype": "float32", "threads": torch.get_num_threads(), "runs": runs}
     return {"schema": 1, "study": "pocket-speed", "environment": environment, "settings": settings, "metrics": metrics}
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from sdopt.results import write_json
+
 WARM_UP = 0.03  # share of the steps
 SAVE_EVERY_S = 60
 
@@ -24,9 +26,7 @@ def write_log(work: Path, stage: str, entry: dict) -> None:
     """Put a stage's entry into `training.json`, all stages' common log."""
     log = read_log(work)
     log["stages"][stage] = entry
-    part = work / "training.json.part"
-    part.write_text(json.dumps(log, indent=1))
-    os.replace(part, work / "training.json")
+    write_json(work / "training.json", log)
 
 
 def fit(

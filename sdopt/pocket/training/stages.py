@@ -49,30 +49,32 @@ def save_half(model, folder: Path) -> None:
     model.half().save_pretrained(folder, max_shard_size="14MB")
 
 
+def load_frozen(cls, folder: Path, device):
+    """A finished part, in fp32, for others to be trained on."""
+    return cls.from_pretrained(folder).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
 def load_vae(work: Path, device) -> AutoencoderKL:
-    return (
-        AutoencoderKL.from_pretrained(work / "vae")
-        .to(device, memory_format=torch.channels_last)
-        .requires_grad_(False)
-        .eval()
-    )
+    return load_frozen(AutoencoderKL, work / "vae", device)
 
 
 def load_tiny(work: Path, device) -> AutoencoderTiny:
-    return (
-        AutoencoderTiny.from_pretrained(work / "tiny_vae")
-        .to(device, memory_format=torch.channels_last)
-        .requires_grad_(False)
-        .eval()
-    )
+    return load_frozen(AutoencoderTiny, work / "tiny_vae", device)
 
 
-def sampler(images: torch.Tensor, batch: int):
-    """Draw batches of uint8 pictures and standard normal latents."""
+def train(stage: str, modules: dict, draw, loss, args, **more) -> None:
+    """Fit `modules` with what the command line says."""
+    settings = dict(steps=args.steps, batch=args.batch, lr=args.lr, work=args.work, compiled=args.compile)
+    fit(stage, nn.ModuleDict(modules), draw, loss, **(settings | more))
+
+
+def sampler(images: torch.Tensor, batch: int, truth: dict[str, torch.Tensor] | None = None):
+    """Draw batches of uint8 pictures, standard normal latents and, where given, what is true of the pictures."""
 
     def draw(generator):
         index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-        return images[index], torch.randn(batch, 4, 32, 32, generator=generator, device=images.device)
+        noise = torch.randn(batch, 4, 32, 32, generator=generator, device=images.device)
+        return images[index], noise, *([{k: v[index] for k, v in truth.items()}] if truth else [])
 
     return draw
 
@@ -87,17 +89,7 @@ def train_vae(args) -> None:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return reconstruction_loss(decode(vae, mean + torch.exp(0.5 * logvar) * noise), x) + 1e-5 * kl
 
-    fit(
-        "vae",
-        nn.ModuleDict({"vae": vae}),
-        sampler(images, args.batch),
-        loss,
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        work=args.work,
-        compiled=args.compile,
-    )
+    train("vae", {"vae": vae}, sampler(images, args.batch), loss, args)
     with torch.no_grad():  # diffusion wants latents of unit deviation
         deviation = torch.cat([moments(vae, to_float(chunk))[0] for chunk in images[:2048].split(64)]).std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
@@ -121,17 +113,7 @@ def train_tiny_vae(args) -> None:
             tiny.encoder(x).float(), mean * scale
         )
 
-    fit(
-        "tiny-vae",
-        nn.ModuleDict({"tiny": tiny}),
-        sampler(images, args.batch),
-        loss,
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        work=args.work,
-        compiled=args.compile,
-    )
+    train("tiny-vae", {"tiny": tiny}, sampler(images, args.batch), loss, args)
     save_half(tiny, args.work / "tiny_vae")
 
 
@@ -143,11 +125,6 @@ def train_oracle(args) -> None:
     vae, tiny = load_vae(args.work, args.device), load_tiny(args.work, args.device)
     oracle = Oracle().to(args.device, memory_format=torch.channels_last)
     quarter = args.batch // 4
-
-    def draw(generator):
-        index = torch.randint(len(images), (args.batch,), generator=generator, device=images.device)
-        noise = torch.randn(args.batch, 4, 32, 32, generator=generator, device=images.device)
-        return images[index], noise, {k: v[index] for k, v in truth.items()}
 
     def loss(pixels, noise, wanted):
         x = to_float(pixels)
@@ -184,17 +161,7 @@ def train_oracle(args) -> None:
 
     ticks = torch.arange(-2, 3, device=args.device).float()
     kernel = torch.exp(-(ticks[:, None] ** 2 + ticks**2) / 2)[None, None]
-    fit(
-        "oracle",
-        nn.ModuleDict({"oracle": oracle}),
-        draw,
-        loss,
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        work=args.work,
-        compiled=False,
-    )
+    train("oracle", {"oracle": oracle}, sampler(images, args.batch, truth), loss, args, compiled=False)
     save_file({k: v.half().contiguous() for k, v in oracle.state_dict().items()}, args.work / "oracle.safetensors")
 
 
@@ -253,20 +220,8 @@ def train_text_to_image(args) -> None:
         # every noise level counts alike: what a picture holds, and where, is settled at the noisiest ones
         return F.mse_loss(unet(noisy, t, encoder(words).last_hidden_state, return_dict=False)[0].float(), velocity)
 
-    modules = nn.ModuleDict({"unet": unet, "text_encoder": encoder})
-    fit(
-        "text-to-image",
-        modules,
-        draw,
-        loss,
-        steps=args.steps,
-        batch=args.batch,
-        lr=args.lr,
-        work=args.work,
-        ema=0.9995,
-        compiled=args.compile,
-        minutes=args.minutes,
-    )
+    modules = {"unet": unet, "text_encoder": encoder}
+    train("text-to-image", modules, draw, loss, args, ema=0.9995, minutes=args.minutes)
     assemble(args, tokenizer, encoder, unet)
 
 
