@@ -7,9 +7,10 @@ METRICS = {
     "relations": ("relations right", "share"),
     "relations_held_out": ("relations right, in scenes with a pair never trained on", "share"),
     "prompts_all_right": ("prompts with every object and relation right", "share"),
-    "sky": ("sky right, whether the prompt names it or not", "share"),
-    "finish": ("finish of present objects right, named or not", "share"),
-    "exact": ("pictures with every object of the prompt and no other", "share"),
+    "faultless": ("the same, and no other object in the picture", "share"),
+    "faultless_held_out": ("the same, of prompts with a pair never trained on", "share"),
+    "sky": ("sky right, where the prompt names it", "share"),
+    "finish": ("finish of present objects right, where the prompt names it", "share"),
     "objects_shuffled": ("control: objects, against another picture's prompt", "share"),
     "relations_shuffled": ("control: relations, against another picture's prompt", "share"),
     "oracle_objects": ("oracle on renders: objects", "share"),
@@ -47,14 +48,16 @@ def _card(result):
         interval = f"{_shown(m['low'], unit)} to {_shown(m['high'], unit)}"
         lines.append(f"| {says} | {_shown(m['value'], unit)} | {interval} | {m['n']:,} |")
     sweep = "; ".join(
-        f"{row['guidance_scale']}: {_shown(row['objects']['value'], 'share')} and {_shown(row['relations']['value'], 'share')}"
+        f"{row['guidance_scale']:g}: "
+        + ", ".join(_shown(row[name]["value"], "share") for name in ("objects", "relations", "faultless"))
         for row in result["guidance_sweep"]
     )
     return (
         f"{settings['steps']} steps of {settings['scheduler']}, guidance {settings['guidance_scale']}, {settings['dtype']}, "
         f"on {_machine(result)}.\n\n"
         + "\n".join(lines)
-        + f"\n\nObjects and relations by guidance scale, on validation prompts: {sweep}."
+        + f"\n\nObjects, relations and faultless pictures by guidance scale, on validation prompts: {sweep}. Recommended is the lowest "
+        "scale whose faultless pictures are within the best's interval."
     )
 
 

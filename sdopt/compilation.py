@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -107,6 +108,8 @@ def compile_pipeline(
     if compiled_kind(pipe):
         return Compiled(compiled_kind(pipe), _compiled_regions(pipe))
     start_at_step_zero(pipe)
+    # diffusers asks for PyTorch's version in a cached function; that it is traced rather than cached changes nothing
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     if kind == "whole":
         pipe.unet.compile(**settings)
     else:

@@ -5,7 +5,7 @@ from transformers import CLIPTokenizer
 
 from sdopt.pocket import PIPELINE
 from sdopt.pocket.captions import (
-    FIRST_TEST_SEED,
+    FIRST_SEED,
     WORDS,
     describe,
     prompts,
@@ -59,7 +59,8 @@ def test_training_never_sees_a_test_prompt():
 def test_prompts_are_the_same_for_a_seed_and_keep_their_pairs():
     asked = draw_prompts(30)
     assert asked[:10] == draw_prompts(10) and asked != draw_prompts(30, seed=1)
-    assert all(p.scene.seed >= FIRST_TEST_SEED for p in asked)
+    assert all(p.scene.seed >= FIRST_SEED["test"] for p in asked)
+    assert all(p.scene.seed >= FIRST_SEED["validation"] for p in prompts(5, "validation"))
     assert not any(t.pair in HELD_OUT for p in asked for t in p.scene.things)
     assert all(any(t.pair in HELD_OUT for t in p.scene.things) for p in draw_prompts(30, held_out=True))
 

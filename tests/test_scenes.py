@@ -71,7 +71,7 @@ def test_a_perfect_reading_agrees_with_everything():
     for scene in SCENES[:50]:
         agreement = scene.compare(reading_of(scene))
         assert all(agreement.objects) and all(agreement.relations) and all(agreement.finishes)
-        assert agreement.sky and agreement.exact
+        assert agreement.sky == (True,) and agreement.exact
 
 
 def test_what_is_wrong_is_seen():
@@ -83,10 +83,21 @@ def test_what_is_wrong_is_seen():
     assert all(swapped.objects) and not swapped.relations[0]
     recoloured = tuple(replace(t, colour="white" if t.colour != "white" else "red") for t in scene.things)
     wrong = scene.compare(Reading(recoloured, "day" if scene.sky != "day" else "night", scene.ground))
-    assert not any(wrong.objects) and not any(wrong.relations) and not wrong.sky
+    assert not any(wrong.objects) and not any(wrong.relations) and wrong.sky == (False,)
     extra = Thing("cone", "cyan", "small", "matte", 0, 0, 0)
     more = scene.compare(replace(reading_of(scene), things=(*scene.things, extra)))
     assert all(more.objects) and not more.exact
+
+
+def test_a_finish_or_a_sky_counts_only_where_the_prompt_names_it():
+    things = (Thing("cube", "red", "small", "shiny", -1, 0, 0), Thing("torus", "blue", "large", "matte", 1, 0, 0))
+    scene = Scene(things, ((0, "left of", 1),), "night", "sand", 5)
+    dull = Reading(tuple(replace(t, finish="matte") for t in things), "day", "sand")
+    compare = lambda text: (lambda a: (a.finishes, a.sky))(scene.compare(dull, text))
+    assert compare("a red block left of a blue ring") == ((), ())
+    assert compare("a glossy red block left of a big chalky blue ring") == ((False, True), ())
+    assert compare("a red cube left of a chalky blue ring, under the stars") == ((True,), (False,))
+    assert compare(None) == ((False, True), (False,))
 
 
 def test_relations_have_opposites():

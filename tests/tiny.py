@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdopt.models import MODELS
+
 
 def tiny_sdxl():
     """SDXL's parts in miniature, seeded: UNet of 2 levels, 2 text encoders of 32, images 2x the latents' size."""
@@ -86,7 +88,12 @@ def draw(pipe, prompt="a red sphere", seeds=(0,), **call):
 def native(pipe):
     """Call settings at which a picture means something: pocket's own size and guidance; none for random weights."""
     if pipe.vae_scale_factor == 8:
-        return {"height": 256, "width": 256, "num_inference_steps": 8, "guidance_scale": 6.5}
+        return {
+            "height": 256,
+            "width": 256,
+            "num_inference_steps": 8,
+            "guidance_scale": MODELS["pocket"].guidance_scale,
+        }
     return {}
 
 

@@ -15,7 +15,8 @@ WORDS = {
     "left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
     "in front of": ("in front of", "before"), "behind": ("behind",), "on top of": ("on top of", "on"),
 }  # fmt: skip
-FIRST_TEST_SEED = 1_000_000_000  # training counts scenes from 0 and never comes this far
+# Training counts scenes from 0 and never comes this far; the two parts never meet either.
+FIRST_SEED = {"test": 1_000_000_000, "validation": 2_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ def describe(scene: Scene, seed: int) -> str:
     return f"{opening}{body}{rng.choice((' ', ', ')) if setting else ''}{' '.join(setting)}"
 
 
+def named(text: str, scene: Scene) -> tuple[tuple[bool, ...], bool]:
+    """Which facts of the scene a sentence about it may leave out and does not: each thing's finish, and the sky."""
+    finishes = tuple(
+        any(f"{f} {t.colour} {s}" in text for f in WORDS[t.finish] for s in WORDS[t.shape]) for t in scene.things
+    )
+    return finishes, any(phrase in text for phrase in WORDS[scene.sky])
+
+
 def wording(scene: Scene, part: str, first: int = 0, tries: int = 200) -> str | None:
     """The first wording of the scene from seed `first` on that belongs to `part`, or None after `tries`."""
     texts = (describe(scene, first + k) for k in range(tries))
@@ -84,7 +93,7 @@ def wording(scene: Scene, part: str, first: int = 0, tries: int = 200) -> str | 
 def prompts(n: int, part: str, seed: int = 0, held_out: bool | None = False) -> list[Prompt]:
     """`n` prompts of a part ("test" or "validation"), of scenes no training run draws. See `scenes.sample` for `held_out`."""
     out: list[Prompt] = []
-    number = FIRST_TEST_SEED + seed * 1_000_000
+    number = FIRST_SEED[part] + seed * 1_000_000
     while len(out) < n:
         scene = sample(number, held_out)
         text = wording(scene, part)

@@ -75,14 +75,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A prompt against a reading: one entry for every fact the prompt names, True where the picture shows it."""
+    """A scene against a reading: one entry for every fact that is asked for, True where the picture shows it."""
 
     objects: tuple[bool, ...]
     held_out: tuple[bool, ...]  # which of the objects are pairs the text-to-image model never saw
     relations: tuple[bool, ...]
-    finishes: tuple[bool, ...]  # of the objects that are there
-    sky: bool
-    exact: bool  # every object named is there, and nothing else
+    finishes: tuple[bool, ...]  # of the objects that are there and whose finish is asked for
+    sky: tuple[bool, ...]  # one entry, or none where no sky is asked for
+    exact: bool  # every object is there, and nothing else
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,16 @@ class Scene:
 
         return describe(self, self.seed if seed is None else seed)
 
-    def compare(self, reading: Reading) -> Agreement:
-        """Check every fact of the scene that its caption names against what was read.
+    def compare(self, reading: Reading, text: str | None = None) -> Agreement:
+        """Check what was read against the scene: its objects, its relations, finishes and sky.
 
-        A relation counts only if both of its things are there with their colour and shape, and it is the relation that
-        leads between the two places read.
+        `text`: the prompt the picture was drawn from. A prompt always names objects and relations, but a finish or the sky
+        only sometimes: with a text, those it leaves out are not asked for. A relation counts only if both of its things
+        are there with their colour and shape, and it is the relation that leads between the two places read.
         """
+        from sdopt.pocket.captions import named
+
+        finishes, sky = named(text, self) if text else ((True,) * len(self.things), True)
         found = [next((t for t in reading.things if t.pair == thing.pair), None) for thing in self.things]
         return Agreement(
             objects=tuple(f is not None for f in found),
@@ -124,8 +128,8 @@ class Scene:
                 bool(found[a] and found[b] and leading_relation(found[a], found[b])[0] == relation)
                 for a, relation, b in self.relations
             ),
-            finishes=tuple(f.finish == t.finish for f, t in zip(found, self.things) if f),
-            sky=reading.sky == self.sky,
+            finishes=tuple(f.finish == t.finish for f, t, asked in zip(found, self.things, finishes) if f and asked),
+            sky=(reading.sky == self.sky,) if sky else (),
             exact=all(found) and len(reading.things) == len(self.things),
         )
 

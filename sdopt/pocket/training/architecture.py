@@ -13,7 +13,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdopt.pocket.captions import describe
+from sdopt.pocket.captions import wording
 from sdopt.pocket.scenes import sample
 
 TOKENS = 48
@@ -29,7 +29,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator((describe(sample(i), 0) for i in range(4000)), trainer)
+    bpe.train_from_iterator((wording(sample(i), "train") for i in range(4000)), trainer)
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = (
         alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]

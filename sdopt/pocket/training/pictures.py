@@ -52,7 +52,7 @@ def draw_sheets(weights: Path, figures: Path, guidance: float, device: str) -> N
     pipe, _, oracle = load(weights, device)
     asked = test_prompts(ROWS * COLUMNS)
     images = draw(pipe, asked, guidance, "samples")
-    verdicts = [_verdict(a) for a in judge([p.scene for p in asked], oracle.read(images))]
+    verdicts = [_verdict(a) for a in judge(asked, oracle.read(images))]
     texts = [f"{p.text}\n{v}" for p, v in zip(asked, verdicts)]
     title = f"pocket: the first 16 test prompts, seeds 0 to 15, 30 steps, guidance {guidance}"
     contact_sheet(images, texts, title, figures / "pocket-samples.png")
