@@ -6,13 +6,22 @@ export GOMP_SPINCOUNT ?= 1000
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test report clean
+.PHONY: run test report lab notebooks badges clean
 
 run: $(INSTALLED)
 	$(BIN)/sdopt run --model pocket --out out
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m sdopt.notebooks execute
+
+badges: $(INSTALLED)
+	$(BIN)/python -m sdopt.notebooks badges $(REPO)
 
 report: $(INSTALLED)
 	$(BIN)/sdopt report

@@ -158,14 +158,16 @@ def load(name, weights=None, device="cpu"):
     return pipe.to(device)
 
 
-def pick(device=None):
-    """Choose the model for this machine, with the reason: `Choice(name, reason)`. Never raises; needs no network.
+def pick(device=None, name=None):
+    """Choose the model for this machine, with the reason: `Choice(name, reason)`. Needs no network.
 
-    `device` "cpu" leaves a GPU out of account.
+    `device` "cpu" leaves a GPU out of account. `name`, where given, is the choice; UserError for an unknown one.
 
     The largest that runs well: sdxl on a GPU with 24 GB or more and compute capability 8.0 or later, sd15 on any
     other GPU, both only with a hub that answers (or a download already there); pocket everywhere else.
     """
+    if name is not None:
+        return Choice(model(name).name, "asked for by name")
     if device == "cpu" or not torch.cuda.is_available():
         return Choice("pocket", "no CUDA device: pocket ships with the package and runs on a CPU")
     gpu = torch.cuda.get_device_properties(0)

@@ -5,7 +5,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from sdopt.errors import UserError
-from sdopt.pocket.oracle import to_pixels
+from sdopt.pocket.oracle import load_oracle, to_pixels
 
 
 def drift(images, reference):
@@ -24,6 +24,16 @@ def drift(images, reference):
         "max_abs": int((a.int() - b.int()).abs().max()),
         "psnr_db": None if exact else peak_signal_noise_ratio(a.float(), b.float(), data_range=255.0).item(),
     }
+
+
+def seen(scenes, images):
+    """What the oracle finds in pocket's pictures of what their prompts asked for: `adherence` of all of them.
+
+    `scenes`: (text, scene) a picture; `images`: PIL images, in the same order. Introduced in
+    notebooks/00_measure_first.
+    """
+    readings = load_oracle().read(images)
+    return adherence([scene.compare(r, text) for (text, scene), r in zip(scenes, readings, strict=True)])
 
 
 def adherence(agreements, resamples=1000, seed=0):

@@ -1,8 +1,18 @@
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 from tiny import tiny_sdxl
 
 from sdopt import models
+from sdopt.course import KEEP_IN, KEPT
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+os.environ.setdefault(KEEP_IN, tempfile.mkdtemp(prefix="sdopt-kept-"))  # notebooks run before the tests keep here
 
 PIPELINES = {"pocket": lambda: _quiet(models.load("pocket")), "sdxl": lambda: _quiet(tiny_sdxl())}
 
@@ -42,3 +52,22 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["committed", "run"])
+def kept(request):
+    """A function of a notebook's name: what it kept, in its committed outputs and when it ran just now."""
+
+    def read(name):
+        if request.param == "run":
+            path = Path(os.environ[KEEP_IN]) / f"{name}.json"
+            if not path.exists():
+                pytest.skip("the notebook was not run before the tests: `make test` does")
+            return json.loads(path.read_text())
+        cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells
+        outputs = [
+            o["data"][KEPT] for c in cells if c.cell_type == "code" for o in c.outputs if KEPT in o.get("data", {})
+        ]
+        return next(o["values"] for o in outputs if o["name"] == name)
+
+    return read

@@ -8,7 +8,7 @@ from made_up import row as made_up_row
 
 from sdopt import models, results
 from sdopt.bench import notes, process, walk
-from sdopt.bench.row import noise
+from sdopt.drawing import noise
 from sdopt.errors import UserError
 from sdopt.path import STEPS
 

@@ -11,7 +11,6 @@ from sdopt.bench import notes, process
 from sdopt.bench.row import Job, measure
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
-from sdopt.pocket.oracle import load_oracle
 
 BASELINE = path.STEPS[0].id
 NUMBERS = {step.id: n for n, step in enumerate(path.STEPS, 1)}
@@ -161,12 +160,11 @@ class Judge:
         texts = [shared["prompt"]] * (runs * batch)
         if shared["model"] == "pocket":
             prompts = test_prompts(runs * batch)
-            texts, self.scenes = [p.text for p in prompts], [p.scene for p in prompts]
+            texts, self.scenes = [p.text for p in prompts], [(p.text, p.scene) for p in prompts]
         chunks = [range(run * batch, (run + 1) * batch) for run in range(runs)]
         self.prompts = tuple(tuple(texts[k] for k in chunk) for chunk in chunks)
         self.seeds = tuple(tuple(shared["seed"] + k for k in chunk) for chunk in chunks)
         self.noise = shared["weights"] == "random"
-        self.oracle = load_oracle() if self.scenes else None
         self.seen = {}
 
     def judge(self, i, images):
@@ -174,10 +172,7 @@ class Judge:
         if self.noise:
             return None
         pictures = self.seen[i] = [Image.fromarray(pixels) for batch in images for pixels in batch]
-        seen = {}
-        if self.oracle:
-            readings = self.oracle.read(pictures)
-            seen = quality.adherence([scene.compare(r) for scene, r in zip(self.scenes, readings, strict=True)])
+        seen = quality.seen(self.scenes, pictures) if self.scenes else {}
         before = list(NUMBERS)[max(0, NUMBERS[i] - 2)]
         for name, other in (("against_baseline", BASELINE), ("against_previous", before)):
             compared = other in self.seen and other != i
