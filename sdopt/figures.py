@@ -103,7 +103,7 @@ def ladder(rows, recorded=()):
     `rows` were measured here, `recorded` are (machine, row) of other machines' result files: hatched, and labelled so.
     Introduced in notebooks/01_baseline_fp32.
     """
-    figure = Plot(figsize=(9, 1.0 + 0.42 * (len(rows) + len(recorded))))
+    figure = Plot(figsize=(9, 1.3 + 0.42 * (len(rows) + len(recorded))))
     _ladder(figure.subplots(), list(rows), list(recorded))
     return figure
 
@@ -203,7 +203,7 @@ def _ladder(axes, rows, recorded=()):
     axes.set_xlim(0, longest * 1.2)
     axes.set_xlabel("seconds; bars: the stages of one call; dot: median of the timed calls, p20 to p80", color=QUIET)
     handles = [Patch(color=colour, label=NAMES[stage]) for stage, colour in STAGES.items()]
-    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def _rows_down(axes, names):
