@@ -97,7 +97,7 @@ def test_the_torch_that_is_there_stays(tmp_path, commands, torch):
 
 def test_a_torch_too_old_is_refused_not_replaced(tmp_path, commands):
     code, report, errors = dry_run(tmp_path, commands("2.4.0")[1], "2.4.0")
-    assert code != 0 and "torch" in errors
+    assert code != 0 and "torch" in errors, errors
     assert report is None
 
 
