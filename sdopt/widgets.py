@@ -20,7 +20,8 @@ class WithStill(ipywidgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs) or {}
-        return bundle | {"image/png": base64.b64encode(_encoded(self._still)).decode()}
+        still = self._still.quantize(256)  # a third of the size, and hardly seen
+        return bundle | {"image/png": base64.b64encode(_encoded(still)).decode()}
 
 
 def slider(before: Image.Image, after: Image.Image, labels=("before", "after")) -> WithStill:
@@ -30,10 +31,9 @@ def slider(before: Image.Image, after: Image.Image, labels=("before", "after")) 
     """
     if before.size != after.size:
         raise UserError(f"cannot lay a picture of {after.size} over one of {before.size}: draw them alike")
-    shown = ipywidgets.Image(value=_encoded(split(before, after, 0.5)), format="png", width=2 * before.width)
-    border = ipywidgets.FloatSlider(
-        value=0.5, min=0, max=1, step=0.01, readout=False, layout={"width": f"{2 * before.width}px"}
-    )
+    width = min(2 * before.width, 768)
+    shown = ipywidgets.Image(value=_encoded(split(before, after, 0.5)), format="png", width=width)
+    border = ipywidgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout=False, layout={"width": f"{width}px"})
 
     def move(change):
         shown.value = _encoded(split(before, after, change["new"]))

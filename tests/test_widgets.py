@@ -11,7 +11,7 @@ RED, BLUE = (Image.new("RGB", (40, 20), colour) for colour in ("red", "blue"))
 
 
 def still(widget):
-    return Image.open(io.BytesIO(base64.b64decode(widget._repr_mimebundle_()["image/png"])))
+    return Image.open(io.BytesIO(base64.b64decode(widget._repr_mimebundle_()["image/png"]))).convert("RGB")
 
 
 def test_the_border_moves_and_a_still_picture_shows_both():
