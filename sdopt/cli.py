@@ -61,7 +61,7 @@ def _run(options):
     import torch
     from tqdm import tqdm
 
-    from sdopt import figures, models, report
+    from sdopt import models, pathfigures, report
     from sdopt.bench import walk
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +91,7 @@ def _run(options):
         progress(len(ids), "done")
     print(report.text(result))
     written = Path(options.out) / f"{result['study']}.json"
-    figures.path_figure(written, written.with_suffix(""), written.with_suffix(".png"))
+    pathfigures.path_figure(written, written.with_suffix(""), written.with_suffix(".png"))
     print(f"\nwritten: {written}, {written.with_suffix('.png').name} and one image a step in {written.with_suffix('')}")
     return 0 if all(row["status"] == "ok" for row in result["rows"]) else 1
 

@@ -17,10 +17,13 @@ from sdopt.errors import UserError
 # process, and put back before the first call (when compiling happens) they would be silently ignored.
 CUDA_OPTIONS = {
     "conv_1x1_as_mm": True,  # a 1x1 convolution is a matrix product, for which Inductor has more kernels
-    "coordinate_descent_tuning": True,  # try neighbouring tile sizes of each generated kernel, and ...
-    "coordinate_descent_check_all_directions": True,  # ... diagonal neighbours
     "epilogue_fusion": False,  # leave pointwise work after a product to its own kernel
     "force_fuse_int_mm_with_mul": True,  # an int8 product is rescaled at once (no effect before step 6)
+}
+# The tutorial's search. It measures kernels while it compiles, minutes a graph, so it comes with max-autotune alone.
+SEARCH = {
+    "coordinate_descent_tuning": True,  # try neighbouring tile sizes of each generated kernel, and ...
+    "coordinate_descent_check_all_directions": True,  # ... diagonal neighbours
 }
 
 # The UNet's attention blocks: one class, few distinct shapes, so a handful of graphs serve the whole UNet. Not the
@@ -89,8 +92,8 @@ def compile_pipeline(
 
     `kind` None: "whole" on a GPU; on a CPU "regional", the UNet's attention blocks alone: there a whole UNet takes a
     minute or more to compile, and convolutions stay with oneDNN, so that it and the VAE decoder gain little.
-    `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well) are
-    merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
+    `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well, and with
+    it SEARCH) are merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
     The first call compiles; another size, batch or dtype compiles again. Applied twice it changes nothing.
     Raises UserError for an unknown kind or mode, and on a CPU without a C++ compiler.
     Source: diffusers' "Accelerate inference" tutorial; regional: https://docs.pytorch.org/tutorials/recipes/
@@ -144,8 +147,9 @@ def _options(mode, cuda, kind):
         raise UserError(f"unknown compile mode '{mode}': use default, reduce-overhead or max-autotune") from error
     if not cuda:
         return {}
+    flags = CUDA_OPTIONS | (SEARCH if mode.startswith("max-autotune") else {})
     # CUDA graphs pay for a whole UNet. A graph a block would copy every block's inputs into its own memory first.
-    return CUDA_OPTIONS | (own if kind == "whole" else {})
+    return flags | (own if kind == "whole" else {})
 
 
 def _compiled_regions(pipe):

@@ -61,6 +61,16 @@ def recorded(study, ids=None):
     return found
 
 
+def recorded_metrics(study):
+    """What a study other than a path measured: [(machine, {"part": [...]})], machine by machine.
+
+    The files are `figures/data/<machine>/<study>.json`, written by `python -m sdopt.bench.lessons`. Introduced in
+    notebooks/00_measure_first.
+    """
+    files = sorted((report.ROOT / "figures" / "data").glob(f"*/{study}.json"))
+    return [(path.parent.name, results.read_json(path)["metrics"]) for path in files]
+
+
 def table(rows, others=()):
     """Show rows measured here, then those of other machines, as one table; speed-ups only within a machine.
 

@@ -1,22 +1,17 @@
 """Every plot, from rows of result files and the pictures that belong to them, and from nothing else."""
 
-import hashlib
 import io
-import textwrap
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
-
-from sdopt import results
+from matplotlib.transforms import Bbox
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by lightness.
 STAGES = {"text_encoder": "#009E73", "unet": "#0072B2", "scheduler": "#F0E442", "vae": "#E69F00", "rest": "#BBBBBB"}
 NAMES = {"text_encoder": "text encoder", "unet": "UNet", "scheduler": "scheduler", "vae": "VAE decode", "rest": "rest"}
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, QUIET = "#222222", "#666666"
-SOURCE = "sdopt-source"
 
 
 class Plot(Figure):
@@ -29,23 +24,6 @@ class Plot(Figure):
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=80)
         return file.getvalue()
-
-
-def digest(result_path, pictures):
-    """The SHA-256 of a result file and its pictures: what a figure made from them carries, to tell when it is stale."""
-    seen = hashlib.sha256(Path(result_path).read_bytes())
-    for picture in _pictures(results.read(result_path), pictures).values():
-        seen.update(picture.read_bytes())
-    return seen.hexdigest()
-
-
-def source(figure_path):
-    """The digest a figure carries, None when it has none or is not there."""
-    try:
-        with Image.open(figure_path) as figure:
-            return figure.info.get(SOURCE)
-    except OSError:
-        return None
 
 
 def seconds(value):
@@ -61,42 +39,6 @@ def described(result):
     return f"{s['model']}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {s['batch']}, {where}"
 
 
-def path_figure(result_path, pictures, target):
-    """Draw a path study into the PNG `target`: a bar a step, by stage, and the picture each step drew.
-
-    `pictures` is the folder of the images "1-baseline_fp32.png" and so on. Raises UserError for a result file that is
-    none, or a `target` that cannot be written. Introduced in notebooks/10_the_whole_path.
-    """
-    result = results.read(result_path)
-    rows = result["rows"]
-    images = _pictures(result, pictures)
-    figure = Plot(figsize=(12, 1.5 + 0.42 * len(rows) + 2.2))
-    bars, strip = figure.subfigures(2, 1, height_ratios=[0.9 + 0.42 * len(rows), 2.1])
-    _ladder(bars.subplots(), rows)
-    bars.suptitle(f"Prompt to picture, step by step: {described(result)}", fontsize=12, color=INK, x=0.01, ha="left")
-    for axes, row in zip(strip.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        _picture(axes, images.get(row["id"]))
-        axes.set_title(row["id"], fontsize=8.5, color=INK)
-        axes.set_xlabel(_caption(row), fontsize=7.5, color=QUIET)
-    _save(figure, target, digest(result_path, pictures))
-
-
-def before_and_after(result_path, pictures, target):
-    """Draw the first and the last picture of a path study side by side, each with its latency, into the PNG `target`."""
-    result = results.read(result_path)
-    images = _pictures(result, pictures)
-    ends = ends_of(result)
-    figure = Plot(figsize=(7, 4.3))
-    both = figure.subplots(1, 2)
-    for axes, row, title in zip(
-        both, ends, ("the baseline", f"after {len(result['rows']) - 1} more steps"), strict=True
-    ):
-        _picture(axes, images.get(row["id"]))
-        axes.set_title(f"{title}: {seconds(row['latency_s']['median'])}", fontsize=13, color=INK)
-    figure.supxlabel("\n".join(textwrap.wrap(f"“{result['settings']['prompt']}”", 80)), fontsize=10, color=QUIET)
-    _save(figure, target, digest(result_path, pictures))
-
-
 def ladder(rows, recorded=()):
     """A bar a row, by stage, with median, p20 to p80 and the speed-up over the baseline; for a notebook.
 
@@ -104,7 +46,7 @@ def ladder(rows, recorded=()):
     Introduced in notebooks/01_baseline_fp32.
     """
     figure = Plot(figsize=(9, 1.3 + 0.42 * (len(rows) + len(recorded))))
-    _ladder(figure.subplots(), list(rows), list(recorded))
+    draw_ladder(figure.subplots(), list(rows), list(recorded))
     return figure
 
 
@@ -131,11 +73,11 @@ def grid(pictures, titles, reference=None, gain=8):
     figure = Plot(figsize=(2.6 * len(pictures), 2.9 * lines))
     axes = figure.subplots(lines, len(pictures), squeeze=False)
     for k, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        _bare(axes[0][k]).imshow(picture, interpolation="lanczos")
+        bare(axes[0][k]).imshow(picture, interpolation="lanczos")
         axes[0][k].set_title(title, fontsize=10, color=INK)
         if reference is not None:
             off = np.abs(np.asarray(picture, np.int16) - np.asarray(pictures[reference], np.int16))
-            _bare(axes[1][k]).imshow(np.clip(gain * off, 0, 255).astype(np.uint8))
+            bare(axes[1][k]).imshow(np.clip(gain * off, 0, 255).astype(np.uint8))
             axes[1][k].set_xlabel(
                 "the reference" if k == reference else f"difference, {gain}x", fontsize=9, color=QUIET
             )
@@ -143,23 +85,63 @@ def grid(pictures, titles, reference=None, gain=8):
 
 
 def scatter(points, x, y):
-    """Quality against latency: `points` are {"label", "x", "y", "low", "high"}, the last two may be left out.
+    """Points with labels, for a notebook: quality against latency, say. Points of one "series" share a colour and a line.
 
-    `x` and `y` name the axes. Introduced in notebooks/08_dpm_20.
+    `points` are {"label", "x", "y", "series", "low", "high"}; the last three may be left out. `x` and `y` name the
+    axes. Introduced in notebooks/08_dpm_20.
     """
     figure = Plot(figsize=(8, 4.6))
     axes = figure.subplots()
-    for point in points:
-        spread = [[point["y"] - point["low"]], [point["high"] - point["y"]]] if "low" in point else None
-        axes.errorbar(point["x"], point["y"], yerr=spread, fmt="o", color=STAGES["unet"], capsize=3, linewidth=1)
-        axes.annotate(point["label"], (point["x"], point["y"]), xytext=(6, 5), textcoords="offset points", color=INK)
+    for colour, series in zip(SERIES, dict.fromkeys(point.get("series") for point in points)):
+        own = [point for point in points if point.get("series") == series]
+        xs, ys = ([point[key] for point in own] for key in "xy")
+        spread = [[max(0, p["y"] - p.get("low", p["y"])), max(0, p.get("high", p["y"]) - p["y"])] for p in own]
+        join = "-" if series else "none"
+        axes.errorbar(
+            xs,
+            ys,
+            yerr=np.transpose(spread),
+            fmt="o",
+            color=colour,
+            capsize=3,
+            linestyle=join,
+            linewidth=1,
+            label=series,
+        )
     axes.set_xlabel(x, color=QUIET)
     axes.set_ylabel(y, color=QUIET)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.15, y=0.15)
+    left, right = min(point["x"] for point in points), max(point["x"] for point in points)
+    room = 0.1 * (right - min(left, 0) or 1)
+    axes.set_xlim(min(left, 0) - 0.2 * room, right + room)
+    axes.margins(y=0.15)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    if any(point.get("series") for point in points):
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _label(axes, points)
     return figure
+
+
+def _label(axes, points):
+    """Write each point's label beside it, at the first of eight places where it covers no other label and no point."""
+    axes.figure.draw_without_rendering()  # so that sizes are known
+    pixels = axes.transData.transform([(point["x"], point["y"]) for point in points])
+    taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in pixels]
+    for point in points:
+        for dx, dy in ((6, 5), (-6, 5), (6, -5), (-6, -5), (0, 8), (0, -8), (14, 14), (14, -14)):
+            text = axes.annotate(
+                point["label"], (point["x"], point["y"]), xytext=(dx, dy), textcoords="offset points", color=INK,
+                fontsize=9, ha=("right", "center", "left")[np.sign(dx) + 1], va="bottom" if dy > 0 else "top",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if not point["label"] or (
+                box.count_overlaps(taken) == 0 and axes.bbox.x1 >= box.x1 and box.x0 >= axes.bbox.x0
+            ):
+                taken.append(box)
+                break
+            text.set_visible(False)
+        else:
+            text.set_visible(True)
 
 
 def ends_of(result):
@@ -173,7 +155,7 @@ def baseline(rows):
     return next((row for row in rows if row["id"] == "baseline_fp32" and row["status"] == "ok"), None)
 
 
-def _ladder(axes, rows, recorded=()):
+def draw_ladder(axes, rows, recorded=()):
     base, shown = baseline(rows), [*rows, *(row for _, row in recorded)]
     longest = max((row["latency_s"]["p80"] for row in shown if row["status"] == "ok"), default=1.0)
     for y, row in enumerate(shown):
@@ -218,19 +200,6 @@ def _stages_s(row):
     return stages | {"rest": max(0.0, row["latency_s"]["median"] - sum(stages.values()))}
 
 
-def _caption(row):
-    quality = row.get("quality")
-    if row["status"] != "ok" or not quality:
-        return "" if row["status"] == "ok" else "failed"
-    lines = []
-    for fact in ("objects", "relations"):
-        if quality.get(fact) and quality[fact]["n"]:
-            lines.append(f"{fact} {count(quality[fact])}")
-    if quality["against_baseline"]:
-        lines.append(decibels(quality["against_baseline"]))
-    return "\n".join(lines)
-
-
 def count(share):
     """A share for people: "8/10"."""
     return f"{round(share['value'] * share['n'])}/{share['n']}"
@@ -241,28 +210,8 @@ def decibels(drift):
     return "identical" if drift["exact"] else f"{drift['psnr_db']:.1f} dB"
 
 
-def _bare(axes):
+def bare(axes):
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return axes
-
-
-def _picture(axes, file):
-    _bare(axes)
-    if file is not None:
-        with Image.open(file) as image:
-            axes.imshow(image.convert("RGB"), interpolation="lanczos")
-
-
-def _pictures(result, folder):
-    """The images of the rows that were measured, by row id, in the order of the rows."""
-    measured = [row["id"] for row in result["rows"] if row["status"] == "ok"]
-    files = {i: sorted(Path(folder).glob(f"[0-9]*-{i}.png")) for i in measured}
-    return {i: found[0] for i, found in files.items() if found}
-
-
-def _save(figure, target, source_digest):
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={SOURCE: source_digest, "Software": None})
-    results.write_whole(target, file.getvalue())

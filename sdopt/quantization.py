@@ -145,6 +145,13 @@ def int8(pipe):
     return pipe
 
 
+def int8_layer(layer: nn.Linear) -> nn.Linear:
+    """One linear layer in dynamic int8, in place, whatever its size; returns it. Introduced in notebooks/06_int8."""
+    quantization = _torchao()
+    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return layer
+
+
 def _models(pipe):
     return {"unet": pipe.unet, "vae": pipe.vae.decoder}
 

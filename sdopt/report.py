@@ -4,7 +4,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, results
+from sdopt import cards, figures, pathfigures, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.errors import UserError
 
@@ -149,13 +149,13 @@ def _stale(root):
         raise UserError(f"{data} is not there: `sdopt report` works in a checkout of the repository")
     for path in sorted(data.glob("*/*-path.json")):
         pictures, name = path.with_suffix(""), f"{path.parent.name}-{path.stem}"
-        made = figures.digest(path, pictures)
-        drawings = {"": figures.path_figure}
+        made = pathfigures.digest(path, pictures)
+        drawings = {"": pathfigures.path_figure}
         if results.read(path)["settings"]["weights"] != "random":
-            drawings["-before-after"] = figures.before_and_after
+            drawings["-before-after"] = pathfigures.before_and_after
         for suffix, draw in drawings.items():
             target = root / "figures" / f"{name}{suffix}.png"
-            if figures.source(target) != made:
+            if pathfigures.source(target) != made:
                 yield target, partial(draw, path, pictures, target)
     for page in (root / name for name in PAGES if (root / name).exists()):
         old = page.read_text(encoding="utf-8")

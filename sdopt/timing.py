@@ -71,6 +71,37 @@ def measure(call: Callable[[], object], runs: int, device: str | None = None) ->
     return Timing(first, times, peak, "resident set of the process")
 
 
+def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15) -> float:
+    """Median seconds of one `call()` without what launching it costs, for calls of a few kernels.
+
+    On a GPU, `repeats` calls are recorded into one CUDA graph, and its replays timed by events; on a CPU they are made
+    in a row. `call` must do the same at every call and, on a GPU, never wait for it. Introduced in
+    notebooks/05_fused_qkv.
+    """
+    if not str(device).startswith("cuda"):
+        for _ in range(2):
+            call()
+        return (
+            statistics.median(_timed(lambda: [call() for _ in range(repeats)], False) for _ in range(rounds)) / repeats
+        )
+    side = torch.cuda.Stream()  # a capture must not find anything left to initialise
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    watch = stopwatch(device)
+    for _ in range(rounds + 3):
+        start = watch.mark()
+        graph.replay()
+        watch.spans.append(("graph", start, watch.mark()))
+    return statistics.median(ms for _, ms in watch.read()[3:]) / 1e3 / repeats
+
+
 def stages(pipe, call: Callable[[], object]) -> dict:
     """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
 
@@ -79,7 +110,7 @@ def stages(pipe, call: Callable[[], object]) -> dict:
     call: run it after the timed ones, it costs them nothing. A compiled module is timed from outside and not compiled
     again. Introduced in notebooks/00_measure_first.
     """
-    watch = _CudaWatch() if pipe.unet.device.type == "cuda" else _CpuWatch()
+    watch = stopwatch(pipe.unet.device)
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     with ExitStack() as stack:
         for module in encoders:
@@ -95,6 +126,15 @@ def stages(pipe, call: Callable[[], object]) -> dict:
         ms[stage] += span
         ms["unet_calls"] += stage == "unet"
     return ms
+
+
+def stopwatch(device):
+    """Marks in time that make no one wait: `mark()`; put (name, start, end) into `spans`; `read()` gives (name, ms).
+
+    On a GPU a mark is an event, stamped when the GPU gets to it; on a CPU the host's clock. Introduced in
+    notebooks/00_measure_first.
+    """
+    return _CudaWatch() if str(device).startswith("cuda") else _CpuWatch()
 
 
 def _timed(call, cuda):

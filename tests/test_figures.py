@@ -1,65 +1,40 @@
 import numpy as np
 import pytest
-from made_up import IDS, result, run_folder
-from PIL import Image
+from matplotlib.transforms import Bbox
 
-from sdopt import figures, results
-from sdopt.errors import UserError
+from sdopt import figures
 
 
-def drawn(tmp_path, draw, **settings):
-    folder = run_folder(tmp_path / "run", **settings)
-    target = tmp_path / "figure.png"
-    draw(folder / "pocket-path.json", folder / "pocket-path", target)
-    return folder, target
+def labels(plot):
+    """The visible labels of a scatter plot, and where they stand in pixels."""
+    plot.draw_without_rendering()
+    axes = plot.axes[0]
+    shown = [text for text in axes.texts if text.get_visible()]
+    return [text.get_text() for text in shown], [text.get_window_extent() for text in shown], axes
 
 
-@pytest.mark.parametrize("draw", [figures.path_figure, figures.before_and_after])
-def test_a_figure_is_a_readable_png_that_knows_its_source(tmp_path, draw):
-    folder, target = drawn(tmp_path, draw)
-    with Image.open(target) as image:
-        pixels = np.asarray(image.convert("L"))
-    assert min(pixels.shape) > 300
-    assert (pixels < 200).mean() > 0.05, "something is drawn"
-    assert figures.source(target) == figures.digest(folder / "pocket-path.json", folder / "pocket-path")
+def test_labels_of_close_points_cover_neither_each_other_nor_the_edge():
+    points = [
+        {"label": f"point {n}", "x": x, "y": y} for n, (x, y) in enumerate([(1, 1), (1.01, 1.02), (9, 5), (9.02, 5)])
+    ]
+    texts, boxes, axes = labels(figures.scatter(points, "x", "y"))
+    assert texts == ["point 0", "point 1", "point 2", "point 3"]
+    for k, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[:k] + boxes[k + 1 :]) == 0
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
 
 
-def test_another_measurement_or_another_picture_is_another_source(tmp_path):
-    folder = run_folder(tmp_path)
-    seen = {figures.digest(folder / "pocket-path.json", folder / "pocket-path")}
-    Image.new("RGB", (16, 16), "white").save(folder / "pocket-path" / f"9-{IDS[-1]}.png")
-    seen.add(figures.digest(folder / "pocket-path.json", folder / "pocket-path"))
-    changed = result()
-    changed["rows"][0]["first_call_s"] += 1
-    results.write(folder / "pocket-path.json", changed)
-    seen.add(figures.digest(folder / "pocket-path.json", folder / "pocket-path"))
-    assert len(seen) == 3
+def test_a_series_has_a_colour_a_line_and_a_place_in_the_legend():
+    points = [{"label": "", "x": x, "y": x, "series": s, "low": x - 1, "high": x + 2} for s in "ab" for x in (1, 2)]
+    plot = figures.scatter(points, "seconds", "share")
+    assert [text.get_text() for text in plot.legends[0].get_texts()] == ["a", "b"]
+    lines = [line for line in plot.axes[0].lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    assert len({line.get_color() for line in lines}) == 2
+    (spread,) = {tuple(np.ptp(path.vertices[:, 1]) for path in bar.get_paths()) for bar in plot.axes[0].collections}
+    assert spread == pytest.approx((3, 3)), "the interval is drawn as it is given"
 
 
-def test_a_figure_without_a_source_or_no_figure_has_none(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    assert figures.source(tmp_path / "plain.png") is None
-    assert figures.source(tmp_path / "absent.png") is None
-
-
-def test_a_failed_row_leaves_a_gap_not_an_old_picture(tmp_path):
-    folder = run_folder(tmp_path)
-    failed = result()
-    failed["rows"][5] = {"id": "int8", "label": "int8", "settings": {}, "status": "failed: out of memory"}
-    results.write(folder / "pocket-path.json", failed)
-    figures.path_figure(folder / "pocket-path.json", folder / "pocket-path", folder / "figure.png")
-    before = figures.source(folder / "figure.png")
-    (folder / "pocket-path" / "6-int8.png").unlink()
-    assert figures.digest(folder / "pocket-path.json", folder / "pocket-path") == before
-
-
-def test_random_weights_are_named():
-    assert "random weights" in figures.described(result(weights="random"))
-    assert "random weights" not in figures.described(result())
-
-
-def test_a_result_file_that_is_none_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError):
-        figures.path_figure(tmp_path / "x.json", tmp_path, tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
+def test_plots_are_pictures():
+    plot = figures.scatter([{"label": "one", "x": 1, "y": 1}], "x", "y")
+    assert plot._repr_png_().startswith(b"\x89PNG")
+    assert isinstance(plot.axes[0].bbox.frozen(), Bbox)

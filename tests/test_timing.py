@@ -1,13 +1,14 @@
 import time
 
 import pytest
+import torch
 from tiny import draw
 
 from sdopt.compilation import channels_last, compile_pipeline, graphs
 from sdopt.errors import UserError
 from sdopt.guidance import cutoff
 from sdopt.schedulers import use_scheduler
-from sdopt.timing import Timing, measure, stages
+from sdopt.timing import Timing, kernel_seconds, measure, stages, stopwatch
 
 
 def test_the_first_call_is_apart_from_the_others():
@@ -66,3 +67,23 @@ def test_stages_are_restored_when_the_call_fails(sdxl):
     with pytest.raises(ZeroDivisionError):
         stages(sdxl, lambda: 1 / 0)
     assert "decode" not in vars(sdxl.vae) and sdxl.unet._compiled_call_impl is None
+
+
+def test_kernel_seconds_are_those_of_one_call():
+    assert kernel_seconds(lambda: time.sleep(0.01), "cpu", repeats=3, rounds=3) == pytest.approx(0.01, rel=0.5)
+
+
+@pytest.mark.gpu
+def test_kernel_seconds_leave_launching_out():
+    x = torch.randn(64, 64, device="cuda")
+    launched = measure(lambda: [x + 1 for _ in range(50)], 9, "cuda").median / 50
+    assert 0 < kernel_seconds(lambda: x + 1, "cuda") < launched
+
+
+def test_a_stopwatch_reads_what_was_between_its_marks():
+    watch = stopwatch("cpu")
+    start = watch.mark()
+    time.sleep(0.02)
+    watch.spans.append(("nap", start, watch.mark()))
+    ((name, ms),) = watch.read()
+    assert name == "nap" and 20 <= ms < 200
