@@ -39,7 +39,7 @@ def execute(paths, timeout: int = 600) -> None:
 def clean(notebook):
     """Leave in a notebook what is the same at every run and what readers see; returns it.
 
-    Gone: widget states, execution times and counts of the machine, and the kernel's version.
+    Gone: widget states, execution times and counts of the machine, and the kernel's version. Joined: printed pieces.
     """
     notebook.metadata = nbformat.from_dict(
         {
@@ -50,12 +50,24 @@ def clean(notebook):
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
         cell.metadata.pop("execution", None)
         cell.execution_count = number
+        cell.outputs = _joined(cell.outputs)
         for output in cell.outputs:
             if "data" in output:
                 output["data"].pop(VIEW, None)
             if output.output_type == "execute_result":
                 output["execution_count"] = number
     return notebook
+
+
+def _joined(outputs):
+    """Printed pieces that follow each other in one: where they were cut depends on the moment."""
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def address(root=ROOT) -> str:
