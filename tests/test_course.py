@@ -99,3 +99,10 @@ def test_solutions_are_right_and_mistakes_are_not(name, capsys):
 def test_key_results_are_kept(path):
     names = [o["data"][KEPT]["name"] for cell in code(path) for o in cell.outputs if KEPT in o.get("data", {})]
     assert names == [path.stem]
+
+
+def test_every_term_of_the_glossary_is_linked_and_every_link_finds_its_term():
+    terms = re.findall(r"^### (.+)$", (ROOT / "notebooks" / "GLOSSARY.md").read_text(), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", term.lower()).replace(" ", "-") for term in terms}  # as GitHub makes them
+    prose = [c.source for path in NOTEBOOKS for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+    assert set(re.findall(r"GLOSSARY\.md#([\w-]+)\)", "\n".join(prose))) == anchors
