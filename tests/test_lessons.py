@@ -1,9 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from sdopt import results
 from sdopt.bench import lessons
+
+RECORDED = Path(__file__).parents[1] / "figures" / "data" / "nvidia-h200"
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +49,42 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lessons.main(["kernels", "--out", str(tmp_path)]) == 2
     assert "where there is one" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_the_notebooks_say_of_the_recorded_tradeoff_is_in_the_file():
+    rows = {row["id"]: row for row in results.read(RECORDED / "pocket-tradeoff.json")["rows"]}
+    right = {name: row["quality"]["prompts_all_right"] for name, row in rows.items()}
+    assert all(share["n"] == 768 for share in right.values())
+    apart = lambda a, b: right[a]["high"] < right[b]["low"] or right[b]["high"] < right[a]["low"]
+    # 08: with 5 steps the better solver is the worse one, from 10 on the oracle cannot tell them apart, decibels can
+    assert right["dpm_5_cutoff_1_full"]["high"] < right["euler_5_cutoff_1_full"]["low"]
+    assert not any(apart(f"dpm_{n}_cutoff_1_full", f"euler_{n}_cutoff_1_full") for n in (10, 20, 30))
+    assert not apart("dpm_10_cutoff_1_full", "dpm_30_cutoff_1_full")
+    near = {name: row["quality"]["against_60_steps"]["value"] for name, row in rows.items()}
+    assert all(near[f"dpm_{n}_cutoff_1_full"] > near[f"euler_{n}_cutoff_1_full"] + 3 for n in (10, 20, 30))
+    # 09: no guidance costs a fifth of the prompts; from 0.4 on little is lost; 5 steps are better cut off; time is not saved
+    value = lambda steps, cutoff: right[f"dpm_{steps}_cutoff_{cutoff}_full"]["value"]
+    for steps in (10, 20, 30):
+        assert 0.75 < value(steps, 0) < 0.82 and 0.005 < value(steps, 1) - value(steps, 0.4) < 0.025
+        assert not apart(f"dpm_{steps}_cutoff_0.4_full", f"dpm_{steps}_cutoff_1_full")
+        assert apart(f"dpm_{steps}_cutoff_0.2_full", f"dpm_{steps}_cutoff_1_full")
+        medians = [rows[f"dpm_{steps}_cutoff_{c:g}_full"]["latency_s"]["median"] for c in lessons.CUTOFFS]
+        assert max(medians) < 1.12 * min(medians)
+    assert right["dpm_5_cutoff_1_full"]["high"] < right["dpm_5_cutoff_0.6_full"]["low"]
+    # 07: the tiny decoder loses nothing that the oracle sees
+    assert not apart("euler_30_cutoff_1_full", "euler_30_cutoff_1_tiny")
+
+
+def test_what_the_notebooks_say_of_the_recorded_kernels_is_in_the_file():
+    found = results.read_json(RECORDED / "kernels.json")["metrics"]
+    ms = {layer["model"]: layer["seconds"] for layer in found["attentions"]}
+    for name in ("sd15", "sdxl"):  # 03
+        order = sorted((kind for kind in ms[name] if kind != "PyTorch's pick"), key=ms[name].get)
+        assert order == ["cudnn", "flash", "efficient", "formula", "math"]
+    rate = {(p["size"], p["format"]): p["tflops"] for p in found["products"]}  # 06
+    assert rate[4096, "int8"] < 1.05 * rate[4096, "bfloat16"] and rate[8192, "int8"] > 1.2 * rate[8192, "bfloat16"]
+    gain = [
+        p["kernels_s"]["three"] / p["kernels_s"]["one"] for p in found["projections"]
+    ]  # 05: much for small products
+    assert gain[0] > 2 and max(gain[1:]) < 1.2
+    assert found["clock"]["asked_s"] < 0.01 * found["clock"]["done_s"]  # 00
