@@ -30,6 +30,7 @@ def test_00_memory_trace_and_pictures(kept):
     assert seen["peak_bytes"] > 100 * 2**20
     assert seen["freed_mib"] > 400 and seen["peak_kept"], "512 MiB were freed and the peak stayed"
     assert any("convolution" in name for name in seen["trace"]) and any("mm" in name for name in seen["trace"])
+    assert seen["same_noise"], "rows would not start from the same noise"
     assert seen["repeated"], "the same prompt and noise gave another picture"
     assert seen["adherence"]["objects"]["value"] > 0.8
     everything = seen["adherence"]["prompts_all_right"]

@@ -11,6 +11,7 @@ def test_04_compile(kept):
     assert seen["drift"]["psnr_db"] > 40, "compiling changed the pictures more than rounding does"
     assert seen["objects"]["value"] > 0.8
     assert seen["strides"]["before"][1] > 1 and seen["strides"]["after"][1] == 1, "the weights are not channels_last"
+    assert seen["layout"], "the step left the weights in the old layout"
     assert seen["looked_up"] == [1, 0], "the scheduler still looks its first step up"
 
 
