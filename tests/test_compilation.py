@@ -65,6 +65,11 @@ def test_on_a_gpu_the_modes_own_options_are_merged_with_the_tutorials(sdxl, monk
         assert options["triton.cudagraphs"] and options["conv_1x1_as_mm"] and options["epilogue_fusion"]
         assert not any("coordinate_descent" in key for key in options), "that search takes minutes a graph"
         assert options.keys() <= set(torch._inductor.list_options())
+    asked.clear()
+    compile_pipeline(sdxl, mode="max-autotune")
+    options = asked[0][1]["options"]
+    assert options["coordinate_descent_tuning"] and options["max_autotune"]
+    assert options.keys() <= set(torch._inductor.list_options())
 
 
 def test_a_compiled_pipeline_saves_and_loads(sdxl, tmp_path):

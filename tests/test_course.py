@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from sdopt.course import KEPT
 from sdopt.exercises import _all, check
@@ -106,3 +107,13 @@ def test_every_term_of_the_glossary_is_linked_and_every_link_finds_its_term():
     anchors = {re.sub(r"[^\w\- ]", "", term.lower()).replace(" ", "-") for term in terms}  # as GitHub makes them
     prose = [c.source for path in NOTEBOOKS for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
     assert set(re.findall(r"GLOSSARY\.md#([\w-]+)\)", "\n".join(prose))) == anchors
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize(
+    "odd", [None, "x", float("nan"), (1, 2), torch.zeros(2), lambda *a, **k: 1 / 0, lambda x: x, object()]
+)
+def test_odd_answers_are_told_wrong_in_one_line(name, odd, capsys):
+    assert not check(name, odd)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{name}: ") and said.count("\n") == 1 and len(said) < 320

@@ -12,7 +12,7 @@ def check(name: str, answer) -> bool:
     """
     exercises = _all()
     if name not in exercises:
-        print(f"there is no exercise {name}: there are {', '.join(exercises)}")
+        print(f"there is no exercise {name}: there are {', '.join(sorted(exercises))}")
         return False
     if answer is ...:
         print(f"{name}: not answered yet: put your answer in place of the ...")
@@ -20,7 +20,7 @@ def check(name: str, answer) -> bool:
     try:
         wrong = exercises[name](answer)
     except Exception as error:
-        wrong = f"your answer raised {type(error).__name__}: {error}"
+        wrong = " ".join(f"your answer raised {type(error).__name__}: {error}".split())[:300]
     print(f"{name}: {'right' if wrong is None else wrong}")
     return wrong is None
 
@@ -28,7 +28,9 @@ def check(name: str, answer) -> bool:
 def number(answer, least, most, otherwise, unit=""):
     """What is wrong with a number that should lie from `least` to `most`, None when nothing is."""
     if isinstance(answer, bool) or not isinstance(answer, int | float):
-        return f"give a number{f' of {unit}' if unit else ''}, not {answer!r}"
+        given = repr(answer)
+        given = given if len(given) < 60 and "\n" not in given else f"a {type(answer).__name__}"
+        return f"give a number{f' of {unit}' if unit else ''}, not {given}"
     return None if least <= answer <= most else otherwise
 
 
