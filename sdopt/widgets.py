@@ -4,7 +4,7 @@ import base64
 import io
 
 import ipywidgets
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sdopt.errors import UserError
 
@@ -39,9 +39,10 @@ def slider(before: Image.Image, after: Image.Image, labels=("before", "after")) 
         shown.value = _encoded(split(before, after, change["new"]))
 
     border.observe(move, names="value")
-    return WithStill(
-        [ipywidgets.Label(f"left: {labels[0]}, right: {labels[1]}"), shown, border], split(before, after, 0.5)
-    )
+    still = split(before, after, 0.5)
+    _write(still, (4, still.height - 4), labels[0], "lb")
+    _write(still, (still.width - 4, still.height - 4), labels[1], "rb")
+    return WithStill([ipywidgets.Label(f"left: {labels[0]}, right: {labels[1]}"), shown, border], still)
 
 
 def split(before: Image.Image, after: Image.Image, share: float) -> Image.Image:
@@ -78,16 +79,24 @@ def explorer(pictures: dict, names=("steps", "cutoff"), captions: dict | None = 
     for s in sliders:
         s.observe(show, names="value")
     show()
-    return WithStill([*sliders, shown, caption], sheet(pictures, values))
+    return WithStill([*sliders, shown, caption], sheet(pictures, values, names))
 
 
-def sheet(pictures: dict, values, side: int = 128) -> Image.Image:
-    """All pictures in one: the first setting downwards, the second to the right."""
+def sheet(pictures: dict, values, names, side: int = 128) -> Image.Image:
+    """All pictures in one: the first setting downwards, the second to the right, each picture with its two values."""
     whole = Image.new("RGB", (side * len(values[1]), side * len(values[0])))
     for row, a in enumerate(values[0]):
         for column, b in enumerate(values[1]):
-            whole.paste(pictures[a, b].convert("RGB").resize((side, side), Image.LANCZOS), (side * column, side * row))
+            corner = side * column, side * row
+            whole.paste(pictures[a, b].convert("RGB").resize((side, side), Image.LANCZOS), corner)
+            _write(whole, (corner[0] + 4, corner[1] + 3), f"{names[0]} {a}, {names[1]} {b}", "la")
     return whole
+
+
+def _write(picture, at, text, anchor):
+    ImageDraw.Draw(picture).text(
+        at, text, "white", ImageFont.load_default(11), anchor, stroke_width=1, stroke_fill="black"
+    )
 
 
 def _encoded(picture):

@@ -7,7 +7,7 @@ from PIL import Image
 from sdopt import widgets
 from sdopt.errors import UserError
 
-RED, BLUE = (Image.new("RGB", (40, 20), colour) for colour in ("red", "blue"))
+RED, BLUE = (Image.new("RGB", (400, 200), colour) for colour in ("red", "blue"))
 
 
 def still(widget):
@@ -17,14 +17,14 @@ def still(widget):
 def test_the_border_moves_and_a_still_picture_shows_both():
     widget = widgets.slider(RED, BLUE)
     assert widgets.VIEW in widget._repr_mimebundle_()
-    assert still(widget).getpixel((2, 10)) == (255, 0, 0) and still(widget).getpixel((37, 10)) == (0, 0, 255)
+    assert still(widget).getpixel((20, 100)) == (255, 0, 0) and still(widget).getpixel((370, 100)) == (0, 0, 255)
     _, shown, border = widget.children
     border.value = 0.1
-    assert Image.open(io.BytesIO(shown.value)).getpixel((10, 10)) == (0, 0, 255)
+    assert Image.open(io.BytesIO(shown.value)).getpixel((100, 100)) == (0, 0, 255)
     border.value = 1.0
-    assert Image.open(io.BytesIO(shown.value)).getpixel((30, 10)) == (255, 0, 0)
+    assert Image.open(io.BytesIO(shown.value)).getpixel((300, 100)) == (255, 0, 0)
     with pytest.raises(UserError, match="draw them alike"):
-        widgets.slider(RED, BLUE.resize((20, 20)))
+        widgets.slider(RED, BLUE.resize((200, 200)))
 
 
 def test_the_explorer_shows_the_picture_of_its_sliders():
