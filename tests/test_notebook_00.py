@@ -22,7 +22,7 @@ def test_00_timings_are_those_of_calls_that_were_waited_for(kept):
     assert min(latency["runs"]) <= latency["p20"] <= latency["median"] <= latency["p80"] <= max(latency["runs"])
     assert seen["returned_s"] < 0.5 * seen["done_s"], "asking must be faster than the work"
     assert seen["blamed"] == "save" and seen["slowest"] == "denoise"
-    assert seen["moved"]["mean"] > 0.1 and abs(seen["moved"]["median"]) < 0.5 * seen["moved"]["mean"]
+    assert seen["moved"]["mean"] > 0.1 and abs(seen["moved"]["median"]) < seen["moved"]["mean"]
 
 
 def test_00_memory_trace_and_pictures(kept):

@@ -70,7 +70,7 @@ def test_stages_are_restored_when_the_call_fails(sdxl):
 
 
 def test_kernel_seconds_are_those_of_one_call():
-    assert kernel_seconds(lambda: time.sleep(0.01), "cpu", repeats=3, rounds=3) == pytest.approx(0.01, rel=0.5)
+    assert 0.01 <= kernel_seconds(lambda: time.sleep(0.01), "cpu", repeats=3, rounds=3) < 0.03
 
 
 @pytest.mark.gpu
