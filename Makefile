@@ -15,7 +15,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python -m sdopt.notebooks execute
