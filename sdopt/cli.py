@@ -5,7 +5,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from sdopt.errors import UserError
+from sdopt.errors import UserError, exit_code
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,12 +45,13 @@ def parser():
 
 def main(argv=None):
     """Run one command; returns its exit code: 0, 1 when a row failed or a file is stale, 2 for bad input."""
-    try:
+
+    def command():
         options = parser().parse_args(argv)
         return options.call(options)
-    except UserError as error:
-        print(f"sdopt: {error}", file=sys.stderr)
-        return 2
+
+    try:
+        return exit_code(command)
     except KeyboardInterrupt:
         print("sdopt: stopped; rows that were done are in the result file", file=sys.stderr)
         return 130

@@ -93,7 +93,8 @@ def compile_pipeline(
     `kind` None: "whole" on a GPU; on a CPU "regional", the UNet's attention blocks alone: there a whole UNet takes a
     minute or more to compile, and convolutions stay with oneDNN, so that it and the VAE decoder gain little.
     `mode`'s own Inductor options ("reduce-overhead": CUDA graphs; "max-autotune": minutes of search as well, and with
-    it SEARCH) are merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works as before.
+    it SEARCH) are merged with CUDA_OPTIONS and with `options`, which win. Modules are compiled in place: saving works
+    as before.
     The first call compiles; another size, batch or dtype compiles again. Applied twice it changes nothing.
     Raises UserError for an unknown kind or mode, and on a CPU without a C++ compiler.
     Source: diffusers' "Accelerate inference" tutorial; regional: https://docs.pytorch.org/tutorials/recipes/

@@ -55,7 +55,7 @@ def recorded(study, ids=None):
     The files are `figures/data/<machine>/<study>.json` of the repository. Introduced in notebooks/01_baseline_fp32.
     """
     found = []
-    for path in sorted((report.ROOT / "figures" / "data").glob(f"*/{study}.json")):
+    for path in _files(study):
         rows = results.read(path)["rows"]
         found += [(path.parent.name, r) for r in rows if r["status"] == "ok" and (ids is None or r["id"] in ids)]
     return found
@@ -67,8 +67,11 @@ def recorded_metrics(study):
     The files are `figures/data/<machine>/<study>.json`, written by `python -m sdopt.bench.lessons`. Introduced in
     notebooks/00_measure_first.
     """
-    files = sorted((report.ROOT / "figures" / "data").glob(f"*/{study}.json"))
-    return [(path.parent.name, results.read_json(path)["metrics"]) for path in files]
+    return [(path.parent.name, results.read_json(path)["metrics"]) for path in _files(study)]
+
+
+def _files(study):
+    return sorted((report.ROOT / "figures" / "data").glob(f"*/{study}.json"))
 
 
 def table(rows, others=()):

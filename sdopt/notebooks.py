@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
-from sdopt.errors import UserError
+from sdopt.errors import UserError, exit_code
 from sdopt.report import ROOT
 from sdopt.results import write_whole
 from sdopt.widgets import VIEW
@@ -99,16 +99,15 @@ def main(argv=None) -> int:
     badges = commands.add_parser("badges", help="stamp the repository's address into badges and set-up cells")
     badges.add_argument("repository", metavar="OWNER/NAME")
     options = parser.parse_args(argv)
-    try:
-        if options.command == "execute":
-            execute(options.paths or sorted((ROOT / "notebooks").glob("*.ipynb")))
-        else:
-            for path in stamp(options.repository):
-                print(f"stamped: {path}")
-    except UserError as error:
-        print(f"sdopt: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: _run(options))
+
+
+def _run(options):
+    if options.command == "execute":
+        execute(options.paths or sorted((ROOT / "notebooks").glob("*.ipynb")))
+    else:
+        for path in stamp(options.repository):
+            print(f"stamped: {path}")
 
 
 if __name__ == "__main__":

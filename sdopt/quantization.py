@@ -134,8 +134,7 @@ def int8(pipe):
         quantization.swap_conv2d_1x1_to_linear(root, lambda part, name: isinstance(part, nn.Conv2d) and name in chosen)
         quantization.quantize_(
             root,
-            # its own Inductor settings would be set as globals, for every later compilation in the process
-            quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+            _dynamic_int8(),
             lambda part, name: (
                 isinstance(part, nn.Linear)
                 and name.removesuffix(".mod") in chosen
@@ -147,9 +146,13 @@ def int8(pipe):
 
 def int8_layer(layer: nn.Linear) -> nn.Linear:
     """One linear layer in dynamic int8, in place, whatever its size; returns it. Introduced in notebooks/06_int8."""
-    quantization = _torchao()
-    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    _torchao().quantize_(layer, _dynamic_int8())
     return layer
+
+
+def _dynamic_int8():
+    # its own Inductor settings would be set as globals, for every later compilation in the process
+    return _torchao().Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
 def _models(pipe):

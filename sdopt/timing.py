@@ -79,11 +79,7 @@ def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, r
     notebooks/05_fused_qkv.
     """
     if not str(device).startswith("cuda"):
-        for _ in range(2):
-            call()
-        return (
-            statistics.median(_timed(lambda: [call() for _ in range(repeats)], False) for _ in range(rounds)) / repeats
-        )
+        return measure(lambda: [call() for _ in range(repeats)], rounds, device).median / repeats
     side = torch.cuda.Stream()  # a capture must not find anything left to initialise
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -26,7 +26,7 @@ from sdopt import (
     results,
     schedulers,
 )
-from sdopt.errors import UserError
+from sdopt.errors import UserError, exit_code
 from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.oracle import load_oracle
 from sdopt.timing import kernel_seconds, measure
@@ -74,7 +74,7 @@ def products(device, sizes=PRODUCTS):
         a, b = torch.randn(2, size, size, device=device)
         half = precision.half_dtype(device)
         c, d = a.to(half), b.to(half)
-        e, f = (20 * a).round().clamp(-127, 127).to(torch.int8), (20 * b).round().clamp(-127, 127).to(torch.int8)
+        e, f = _whole_numbers(a), _whole_numbers(b)
         ways = {"float32": (lambda: a @ b, "nowhere"), "TF32": (lambda: a @ b, "everywhere")}
         ways |= {str(half)[6:]: (lambda: c @ d, "nowhere"), "int8": (lambda: torch._int_mm(e, f.T), "nowhere")}
         for name, (call, tf32) in ways.items():
@@ -136,7 +136,7 @@ def linears(device, shapes=LINEARS):
         plain, rounded = (torch.nn.Linear(inputs, outputs).to(device, half) for _ in range(2))
         compiled = torch.compile(quantization.int8_layer(rounded), dynamic=False, options=options)
         x = torch.randn(rows, inputs, device=device).to(half)
-        a, b = ((20 * t).round().clamp(-127, 127).to(torch.int8) for t in (x, plain.weight))
+        a, b = _whole_numbers(x), _whole_numbers(plain.weight)
         ways = {"half": lambda: plain(x), "int8": lambda: compiled(x), "product": lambda: torch._int_mm(a, b.T)}
         seconds = {name: kernel_seconds(call, device) for name, call in ways.items()}
         seconds["int8_eager"] = _launched(lambda: rounded(x), device)  # it asks the GPU for values: no graph holds it
@@ -157,6 +157,10 @@ def projections(device, shapes=PROJECTIONS):
             launched[name], kernels[name] = _launched(call, device), kernel_seconds(call, device)
         found.append({"rows": rows, "width": width, "launched_s": launched, "kernels_s": kernels})
     return found
+
+
+def _whole_numbers(x):
+    return (20 * x).round().clamp(-127, 127).to(torch.int8)
 
 
 def _launched(call, device):
@@ -234,36 +238,31 @@ def main(argv=None) -> int:
     parser.add_argument("--prompts", type=int, default=768, help="tradeoff: pictures a variant (default: 768)")
     parser.add_argument("--runs", type=int, default=3, help="tradeoff: timed calls a variant (default: 3)")
     options = parser.parse_args(argv)
+    return exit_code(lambda: _run(options))
+
+
+def _run(options):
     if not torch.cuda.is_available():
-        print("sdopt: these studies are about a GPU: run them where there is one", file=sys.stderr)
-        return 2
+        raise UserError("these studies are about a GPU: run them where there is one")
     torch.set_grad_enabled(False)
     device = "cuda"
     head = {"schema": results.SCHEMA, "environment": results.environment(device)}
-    try:
-        if options.study == "kernels":
-            parts = (products, clock, attentions, projections, linears)
-            measured = {}
-            for part in tqdm(parts, desc="kernels"):
-                measured[part.__name__] = part(device)
-                content = {**head, "study": "kernels", "settings": {"dtype": str(precision.half_dtype(device))[6:]}}
-                results.write_json(options.out / "kernels.json", content | {"metrics": measured})
-        else:
-            model = models.MODELS["pocket"]
-            settings = {
-                "model": "pocket", "weights": "shipped", "height": model.height, "width": model.width, "steps": 20,
-                "guidance_scale": model.guidance_scale, "batch": 1, "scheduler": "dpm", "seed": 0,
-                "prompt": f"{options.prompts} test prompts", "runs": options.runs,
-            }  # fmt: skip
-            keep = lambda rows: results.write(
-                options.out / "pocket-tradeoff.json",
-                {**head, "study": "pocket-tradeoff", "settings": settings, "rows": rows},
-            )
-            keep(tradeoff(device, prompts=options.prompts, runs=options.runs, tell=keep))
-    except UserError as error:
-        print(f"sdopt: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.study == "kernels":
+        head |= {"study": "kernels", "settings": {"dtype": str(precision.half_dtype(device))[6:]}}
+        measured = {}
+        for part in tqdm((products, clock, attentions, projections, linears), desc="kernels"):
+            measured[part.__name__] = part(device)
+            results.write_json(options.out / "kernels.json", head | {"metrics": measured})
+        return
+    model = models.MODELS["pocket"]
+    settings = {
+        "model": "pocket", "weights": "shipped", "height": model.height, "width": model.width, "steps": 20,
+        "guidance_scale": model.guidance_scale, "batch": 1, "scheduler": "dpm", "seed": 0,
+        "prompt": f"{options.prompts} test prompts", "runs": options.runs,
+    }  # fmt: skip
+    head |= {"study": "pocket-tradeoff", "settings": settings}
+    keep = lambda rows: results.write(options.out / "pocket-tradeoff.json", head | {"rows": rows})
+    keep(tradeoff(device, prompts=options.prompts, runs=options.runs, tell=keep))
 
 
 if __name__ == "__main__":
