@@ -98,6 +98,42 @@ def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, r
     return statistics.median(ms for _, ms in watch.read()[3:]) / 1e3 / repeats
 
 
+def in_turns(calls, device: str, rounds: int = 9, repeats: int = 1, pick=statistics.median) -> list[float]:
+    """Seconds of each call, by `pick` over its `rounds`; calls take turns, so that a busy moment of the machine hits all.
+
+    Two rounds more warm up. `repeats` calls in a row are timed as one and divided, for calls of a few microseconds.
+    Introduced in notebooks/05_fused_qkv.
+    """
+    cuda = str(device).startswith("cuda")
+    times = [[_timed(lambda: [call() for _ in range(repeats)], cuda) for call in calls] for _ in range(rounds + 2)]
+    return [pick(kept) / repeats for kept in zip(*times[2:], strict=True)]
+
+
+def share(module, chosen: Callable[[str, torch.nn.Module], bool], call: Callable[[], object], rounds: int = 9) -> float:
+    """The share of `call()` that is spent in the parts of `module` with `chosen(name, part)`: median of `rounds`.
+
+    By a stopwatch, so that no part makes the GPU wait for the CPU; eager modules only. Introduced in
+    notebooks/05_fused_qkv.
+    """
+    shares = []
+    for _ in range(rounds):
+        watch, started = stopwatch(next(module.parameters()).device), []
+        hooks = []
+        for name, part in module.named_modules():
+            if chosen(name, part):
+                hooks.append(part.register_forward_pre_hook(lambda *_: started.append(watch.mark())))
+                after = lambda *_: watch.spans.append(("part", started.pop(), watch.mark()))
+                hooks.append(part.register_forward_hook(after))
+        start = watch.mark()
+        call()
+        watch.spans.append(("whole", start, watch.mark()))
+        for hook in hooks:
+            hook.remove()
+        *parts, (_, whole) = watch.read()
+        shares.append(sum(ms for _, ms in parts) / whole)
+    return statistics.median(shares)
+
+
 def stages(pipe, call: Callable[[], object]) -> dict:
     """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
 

@@ -83,6 +83,8 @@ def test_what_the_notebooks_say_of_the_recorded_kernels_is_in_the_file():
         assert order == ["cudnn", "flash", "efficient", "formula", "math"]
     rate = {(p["size"], p["format"]): p["tflops"] for p in found["products"]}  # 06
     assert rate[4096, "int8"] < 1.05 * rate[4096, "bfloat16"] and rate[8192, "int8"] > 1.2 * rate[8192, "bfloat16"]
+    layers = [layer["seconds"] for layer in found["linears"]]  # 06: not even the product alone beats the whole layer
+    assert layers and all(s["half"] < s["int8"] and s["half"] < 1.05 * s["product"] for s in layers)
     gain = [
         p["kernels_s"]["three"] / p["kernels_s"]["one"] for p in found["projections"]
     ]  # 05: much for small products

@@ -8,7 +8,7 @@ from sdopt.compilation import channels_last, compile_pipeline, graphs
 from sdopt.errors import UserError
 from sdopt.guidance import cutoff
 from sdopt.schedulers import use_scheduler
-from sdopt.timing import Timing, kernel_seconds, measure, stages, stopwatch
+from sdopt.timing import Timing, in_turns, kernel_seconds, measure, share, stages, stopwatch
 
 
 def test_the_first_call_is_apart_from_the_others():
@@ -87,3 +87,25 @@ def test_a_stopwatch_reads_what_was_between_its_marks():
     watch.spans.append(("nap", start, watch.mark()))
     ((name, ms),) = watch.read()
     assert name == "nap" and 20 <= ms < 200
+
+
+def test_calls_take_turns_and_are_timed_apart():
+    made = []
+    nap = lambda name, seconds: lambda: (made.append(name), time.sleep(seconds))
+    short, long = in_turns([nap("a", 0.002), nap("b", 0.02)], "cpu", rounds=3, repeats=2)
+    assert 0.002 <= short < 0.02 <= long
+    assert made == ["a", "a", "b", "b"] * 5, "two rounds more warm up"
+    assert in_turns([lambda: None], "cpu", rounds=3, pick=max) >= in_turns([lambda: None], "cpu", rounds=3, pick=min)
+
+
+def test_the_share_of_some_parts_is_between_none_and_all():
+    class Nap(torch.nn.Linear):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    net = torch.nn.Sequential(Nap(1, 1), Nap(1, 1), Nap(1, 1), Nap(1, 1))
+    of = lambda chosen: share(net, chosen, lambda: net(torch.zeros(1)), rounds=1)
+    assert of(lambda name, part: False) == 0
+    assert 0.1 < of(lambda name, part: name == "0") < of(lambda name, part: name in ("0", "1", "2")) <= 1
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net), "nothing stays behind"
