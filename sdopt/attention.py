@@ -1,5 +1,10 @@
 """Steps 1, 3 and 5: who computes attention, with which kernel, and from how many projections."""
 
+import ctypes
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -15,6 +20,13 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
+}
+
+
+FUSED = {  # how the kernels of each are called, or on a CPU its operator
+    "cudnn": r"cudnn.*(sdpa|attention)",
+    "flash": r"^(?!.*cudnn).*(flash_fwd|flash_attention_for_cpu)",
+    "efficient": r"fmha_cutlass",
 }
 
 
@@ -74,12 +86,61 @@ def xformers_attention(pipe) -> str | None:
     """
     if is_fused(pipe.unet):
         raise UserError("xformers would use the projections from before fuse_qkv: load the pipeline again without it")
+    state = xformers_state()
+    if state is not None:
+        sdpa(pipe)
+        return f"xformers cannot attend here ({state}); SDPA does"
     try:
         pipe.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
         sdpa(pipe)
         return f"xformers cannot attend here ({str(error).strip().splitlines()[0]}); SDPA does"
     return None
+
+
+def xformers_state() -> str | None:
+    """Why xformers' kernels cannot be used here, and the mend, in one line; None where they can.
+
+    To be installed and to import says little: without its CUDA library xformers imports, warns and has no kernels.
+    Introduced in notebooks/03_sdpa.
+    """
+    spec = importlib.util.find_spec("xformers")
+    if spec is None:
+        return "it is not installed: pip install xformers"
+    if not torch.cuda.is_available():
+        return "its kernels are for CUDA devices"
+    library = next(Path(spec.origin).parent.glob("_C*.so"), None)
+    if library is None:
+        return "it was built without kernels: install a wheel of it"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return _missing(str(error).splitlines()[0])
+    return None
+
+
+def _missing(error):
+    cuda = re.match(r"libcudart\.so\.(\d+)", error)
+    if cuda is None:
+        return f"its kernels cannot be loaded, {error}"
+    return (
+        f"its kernels need {cuda[0]}: pip install nvidia-cuda-runtime-cu{cuda[1]}, and put that package's "
+        "nvidia/cuda_runtime/lib on LD_LIBRARY_PATH before Python starts"
+    )
+
+
+def attended_by(call: Callable[[], object]) -> list[str]:
+    """Run `call()` under PyTorch's profiler; returns whose attention kernels ran, sorted, out of BACKENDS.
+
+    Told by the kernels' names, which are there in CUDA graphs and compiled code too, where no operator is left to ask;
+    on a CPU by the operators. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
+    Introduced in notebooks/03_sdpa.
+    """
+    with torch.profiler.profile() as profile:
+        call()
+    names = [event.key for event in profile.key_averages()]
+    found = [backend for backend, name in FUSED.items() if any(re.search(name, key) for key in names)]
+    return sorted(found) or ["math"]
 
 
 def fuse_qkv(pipe):

@@ -1,8 +1,9 @@
-"""The command line: sdopt run | report | env. Bad input is one line on stderr and exit code 2."""
+"""The command line: sdopt run | bench | report | env. Bad input is one line on stderr and exit code 2."""
 
 import argparse
+import os
 import sys
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt.errors import UserError, exit_code
@@ -19,19 +20,20 @@ def parser():
 
     run = commands.add_parser("run", help="walk the nine steps on this machine and print what each one buys")
     run.add_argument("--model", help="pocket, sd15 or sdxl (default: what suits this machine)")
-    run.add_argument("--weights", help="hub, random, or a local diffusers folder (default: the model's own)")
-    run.add_argument("--steps", type=int, help="denoising steps (default: the model's; dpm_20 takes 20 at most)")
-    run.add_argument(
-        "--out", default="out", help="folder for the result file, the figure and the images (default: out)"
-    )
-    run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    run.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
-    run.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
-    run.add_argument("--batch", type=int, default=1, help="pictures a call (default: 1)")
+    _common(run, rows="rows")
     run.add_argument("--runs", type=int, default=5, help="timed calls a row, after one to warm up (default: 5)")
     run.add_argument("--cutoff", type=float, default=0.4, help="share of the steps cfg_cutoff guides (default: 0.4)")
     run.add_argument("--only", metavar="ID,ID", help="measure these rows alone (each has all steps up to it)")
     run.set_defaults(call=_run)
+
+    bench = commands.add_parser("bench", help="measure one named study with care; stopped, it goes on where it was")
+    bench.add_argument("study", metavar="STUDY", help="pocket-path, sd15-path, sdxl-path, sd15-peers or sdxl-peers")
+    _common(bench, rows="rows, the compiler's cache")
+    bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
+    bench.add_argument("--only", metavar="ID,ID", help="measure these rows alone")
+    bench.add_argument("--limit", type=float, default=3600, metavar="S", help="seconds a call may take (default: 3600)")
+    bench.add_argument("--dry-run", action="store_true", help="list the rows and how long they may take, and stop")
+    bench.set_defaults(call=_bench)
 
     report = commands.add_parser("report", help="make the figures and the README's tables again from figures/data")
     report.add_argument("--check", action="store_true", help="change nothing; exit with 1 when any is stale")
@@ -41,6 +43,16 @@ def parser():
     env = commands.add_parser("env", help="print the versions and the hardware, and the model `sdopt run` would pick")
     env.set_defaults(call=_env)
     return top
+
+
+def _common(command, rows):
+    command.add_argument("--weights", help="hub, random, or a local diffusers folder (default: the model's own)")
+    command.add_argument("--steps", type=int, help="denoising steps (default: the model's; dpm_20 takes 20 at most)")
+    command.add_argument("--out", default="out", help=f"folder for the result file, {rows} and pictures (default: out)")
+    command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    command.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
+    command.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
+    command.add_argument("--batch", type=int, default=1, help="pictures a call (default: 1)")
 
 
 def main(argv=None):
@@ -59,41 +71,106 @@ def main(argv=None):
 
 def _run(options):
     # Imported here, so that `sdopt --help` and a mistyped option answer at once.
-    import torch
-    from tqdm import tqdm
-
     from sdopt import models, pathfigures, report
-    from sdopt.bench import walk
+    from sdopt.bench import studies, walk
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    models.check_device(device)
+    device = _device(options)
     name = options.model
     if name is None:
         choice = models.pick(options.device)
         name = choice.name
         print(f"model: {name} ({choice.reason}); choose another with --model")
-    shared = walk.settings(
+    shared = studies.settings(
         name, options.weights, options.height, options.width, options.steps, options.batch, options.runs
     )
-    ids = walk.rows_to_measure(options.out, device, options.only.split(",") if options.only else None, options.cutoff)
-    if shared["weights"] == "hub":  # here, where its progress bars are seen, and not in the process of the first row
-        models.download(name)
-    with ExitStack() as stack:
-        bars = []
-
-        def progress(done, text):
-            if not bars:  # not before the first news, so that bad weights are answered by one line and no bar
-                look = "{desc:36} {bar} {n}/{total} [{elapsed}]"
-                bars.append(stack.enter_context(tqdm(total=len(ids), unit="row", bar_format=look)))
-            bars[0].n = done
-            bars[0].set_description_str(text)
-
-        result = walk.walk(shared, ids, device, options.out, options.cutoff, progress)
-        progress(len(ids), "done")
+    if not 0 <= options.cutoff <= 1:
+        raise UserError(f"--cutoff {options.cutoff:g} is outside [0, 1]: it is the share of the steps that are guided")
+    rows = studies.chosen(studies.nine(shared["steps"], options.cutoff), options.only)
+    studies.check_room(options.out)
+    _download(shared)
+    with _progress(len(rows), "row") as progress:
+        result = walk.walk(shared, rows, device, options.out, progress)
     print(report.text(result))
     written = Path(options.out) / f"{result['study']}.json"
     pathfigures.path_figure(written, written.with_suffix(""), written.with_suffix(".png"))
     print(f"\nwritten: {written}, {written.with_suffix('.png').name} and one image a step in {written.with_suffix('')}")
+    return _exit_code(result)
+
+
+def _bench(options):
+    from sdopt import report, results
+    from sdopt.bench import peers, studies, walk
+
+    study = studies.study(options.study)
+    device = _device(options)
+    runs = study.runs if options.runs is None else options.runs
+    shared = studies.settings(
+        study.model, options.weights or study.weights, options.height, options.width, options.steps, options.batch, runs
+    )
+    every = studies.rows_of(study, device, shared["steps"])
+    rows = studies.chosen(every, options.only)
+    if options.dry_run:
+        machine = results.machine_name(results.environment(device))
+        print(report.plan(study, rows, studies.estimate(rows, report.recorded(machine, study.name), runs), machine))
+        return 0
+    studies.check_room(options.out)
+    _download(shared)
+    # The compiler's cache stays with the results: the next process finds it, and the next machine if it gets a copy.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(options.out).resolve() / "cache" / "inductor"))
+    order = [row.id for row in every]
+    if study.kind == "path":
+        with _progress(len(rows), "row") as progress:
+            result = walk.walk(shared, rows, device, options.out, progress, order, True, options.limit)
+    else:
+        with _progress(runs, "round") as progress:
+            result = peers.take_turns(shared, rows, device, options.out, progress, order, options.limit)
+    print(report.text(result))
+    print(
+        f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"
+    )
+    return _exit_code(result)
+
+
+def _device(options):
+    import torch
+
+    from sdopt import models
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models.check_device(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news, in the processes of the rows
+    return device
+
+
+def _download(shared):
+    from sdopt import models
+
+    if shared["weights"] == "hub":  # here, where its progress bars are seen, and not in the process of the first row
+        models.download(shared["model"])
+
+
+@contextmanager
+def _progress(total, unit):
+    """Within, a function `progress(done, text)` that shows a bar from its first call on."""
+    from tqdm import tqdm
+
+    bars = []
+
+    def progress(done, text):
+        if not bars:  # not before the first news, so that bad weights are answered by one line and no bar
+            bars.append(tqdm(total=total, unit=unit, bar_format="{desc:44} {bar} {n}/{total} [{elapsed}]"))
+        bars[0].n = done
+        bars[0].set_description_str(text)
+
+    try:
+        yield progress
+        progress(total, "done")
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _exit_code(result):
     return 0 if all(row["status"] == "ok" for row in result["rows"]) else 1
 
 

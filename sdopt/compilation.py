@@ -141,6 +141,12 @@ def graphs(call: Callable[[], object]) -> Graphs:
     return Graphs(counters["stats"]["unique_graphs"] - made, new)
 
 
+def graphs_so_far() -> dict:
+    """How many graphs this process compiled, and how many it found compiled in Inductor's cache on disk."""
+    found = counters["inductor"]["fxgraph_cache_hit"]
+    return {"compiled": counters["stats"]["unique_graphs"] - found, "found": found}
+
+
 def _options(mode, cuda, kind):
     try:
         own = torch._inductor.list_mode_options(mode)

@@ -1,8 +1,8 @@
 """One drawing task for every row that is compared: the same prompts, seeds and noise; drawn, timed, looked at."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sdopt import timing
@@ -78,30 +78,60 @@ def drawer(pipe, task, **call_kwargs):
     return draw
 
 
-def measure(pipe, task, tell=lambda phase: None, **call_kwargs):
+def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kwargs):
     """Draw the task and time it; returns (numbers, pictures).
 
     numbers: {"latency_s", "first_call_s", "peak_memory_bytes", "peak_memory_of", "stages_ms"}, a row's as in a result
-    file. pictures: one list of PIL images a run. `tell(phase)` hears what is under way.
-    Raises ArithmeticError when a picture holds values that are not finite. Introduced in notebooks/00_measure_first.
+    file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. `tell(phase)` hears
+    what is under way; the timed calls are made within `during`.
+    Raises ArithmeticError when latents or a picture hold values that are not finite. Introduced in
+    notebooks/00_measure_first.
     """
     draw = drawer(pipe, task, **call_kwargs)
-    runs, cuda = len(task.prompts), pipe.unet.device.type == "cuda"
-    # the calls that warm up draw what the first run draws, with the shapes of all others
-    turns = iter([0] * (1 + timing.SETTLING_CALLS * cuda) + [*range(runs)])
+    runs, settle = len(task.prompts), (timing.SETTLING_CALLS if is_compiled(pipe) else 1)
+    settling = settle * (pipe.unet.device.type == "cuda")
+    turns = iter([0] * (1 + settling) + [*range(runs)])  # calls that warm up draw what the first run draws
     drawn = []
     tell("first call")
-    timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs, pipe.unet.device.type)
+    timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs, pipe.unet.device.type, settle, during)
     tell("stages")
-    finite = []
-    stages = timing.stages(pipe, lambda: finite.append(np.isfinite(draw(0, "np")).all()))
-    if not all(finite):
-        raise ArithmeticError("the picture holds values that are not finite")
+    stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
     latency = {"median": timed.median, "p20": timed.p20, "p80": timed.p80, "runs": list(timed.runs_s)}
+    memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": latency,
         "first_call_s": timed.first_call_s,
         "peak_memory_bytes": timed.peak_memory_bytes,
         "peak_memory_of": timed.peak_memory_of,
         "stages_ms": stages,
+        **memory,
     }, drawn[-runs:]
+
+
+def all_finite(pipe, draw):
+    """Draw once more; raises ArithmeticError unless all latents and all that the VAE made of them are finite.
+
+    The picture itself would not tell: a pipeline clips it to what a screen can show, infinity as well.
+    """
+    decode, own, seen = pipe.vae.decode, vars(pipe.vae).get("decode"), []
+
+    def decode_and_look(latents, *args, **kwargs):
+        decoded = decode(latents, *args, **kwargs)
+        seen.extend((latents.isfinite().all(), decoded[0].isfinite().all()))
+        return decoded
+
+    pipe.vae.decode = decode_and_look
+    try:
+        draw()
+    finally:
+        del pipe.vae.decode
+        if own is not None:
+            pipe.vae.decode = own
+    if not all(seen):
+        raise ArithmeticError("latents or picture hold values that are not finite")
+
+
+def is_compiled(pipe) -> bool:
+    """Whether torch.compile has been asked for the UNet or the VAE, or for parts of them."""
+    parts = (part for model in (pipe.unet, pipe.vae) for part in model.modules())
+    return any(part._compiled_call_impl is not None for part in parts)

@@ -1,5 +1,6 @@
 """The nine steps as data: taught in one order, applied in another."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -63,9 +64,30 @@ STEPS = (  # in the order they are taught
     Step("cfg_cutoff", "guidance cut off", "09_cfg_cutoff", call_kwargs=lambda pipe, o: cutoff(pipe, o.cutoff)),
 )
 
+NUMBERS = {step.id: n for n, step in enumerate(STEPS, 1)}
+
 # What is compiled must be final, what is quantised must be fused before, and only what stays need be fused. The last
 # step changes the call alone and has no place here.
 ORDER = ("baseline_fp32", "bf16", "sdpa", "tiny_vae", "fused_qkv", "int8", "dpm_20", "compile")
+
+# What brought nothing on recorded hardware, by what its name or "cpu" matches: see figures/data/<machine>/*-path.json.
+BRINGS_NOTHING = {
+    r"\b(H100|H200|GH200|H20|H800)\b": ("int8",),
+    r"^cpu$": ("fused_qkv", "int8"),
+}
+
+
+def recommended(gpu: str | None = None) -> tuple[str, ...]:
+    """The ids of the steps worth taking on `gpu`, in taught order: all, less what brought nothing on such hardware.
+
+    `gpu` is a name as `torch.cuda.get_device_name()` gives it, "cuda" the GPU of this machine, "cpu" none, None
+    whichever this machine has. On hardware that is not on record every step is worth a try. Introduced in
+    notebooks/10_the_whole_path.
+    """
+    if gpu in (None, "cuda"):
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    out = {i for pattern, ids in BRINGS_NOTHING.items() if re.search(pattern, gpu) for i in ids}
+    return tuple(i for i in NUMBERS if i not in out)
 
 
 def prepare(pipe, ids, **options):

@@ -144,6 +144,39 @@ def int8(pipe):
     return pipe
 
 
+# Linear layers, inputs by outputs, that diffusers' tutorial found on an A100 not to gain from int8.
+TUTORIAL_SPARES = {
+    *((1280, 640), (1920, 1280), (1920, 640), (2048, 1280), (2048, 2560), (2560, 1280), (256, 128), (2816, 1280)),
+    *((320, 640), (512, 1536), (512, 256), (512, 512), (640, 1280), (640, 1920), (640, 320), (640, 5120), (640, 640)),
+    *((960, 320), (960, 640)),
+}
+
+
+def tutorial_int8(pipe):
+    """diffusers' tutorial's own int8, to measure ours beside it: its filter, on UNet and VAE whole; returns `pipe`.
+
+    1x1 convolutions of 128 inputs or outputs become linear layers; then every linear layer of more than 16 inputs
+    that is not in TUTORIAL_SPARES. Left out, since today's int8 products on a GPU need more than 16 rows: the time
+    embeddings, which have one a sample.
+    Source: https://huggingface.co/docs/diffusers/tutorials/fast_diffusion. Introduced in notebooks/06_int8.
+    """
+    quantization = _torchao()
+
+    def is_128_wide(part, name):
+        one_by_one = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)
+        return one_by_one and 128 in (part.in_channels, part.out_channels)
+
+    def is_taken(part, name):
+        few_rows = any(word in name for word in ("time_emb", "add_embedding"))
+        wide = isinstance(part, nn.Linear) and part.in_features > 16
+        return wide and not few_rows and (part.in_features, part.out_features) not in TUTORIAL_SPARES
+
+    for model in (pipe.unet, pipe.vae):
+        quantization.swap_conv2d_1x1_to_linear(model, is_128_wide)
+        quantization.quantize_(model, _dynamic_int8(), is_taken)
+    return pipe
+
+
 def int8_layer(layer: nn.Linear) -> nn.Linear:
     """One linear layer in dynamic int8, in place, whatever its size; returns it. Introduced in notebooks/06_int8."""
     _torchao().quantize_(layer, _dynamic_int8())

@@ -5,8 +5,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import wraps
 
 import torch
@@ -18,12 +18,17 @@ SETTLING_CALLS = 2  # on a GPU, after the first call and before the timed ones
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the first call and of each later one; peak memory in bytes and what it is the peak of."""
+    """Seconds of the first call and of each later one; peak memory in bytes and what it is the peak of.
+
+    `memory_bytes`, on a GPU: peak "allocated" and "reserved" by PyTorch, and "device", what was in use of the whole GPU
+    (by CUDA itself and by anyone else, too) after the timed calls.
+    """
 
     first_call_s: float
     runs_s: tuple[float, ...]
     peak_memory_bytes: int
     peak_memory_of: str
+    memory_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -31,26 +36,29 @@ class Timing:
 
     @property
     def p20(self) -> float:
-        return self._percentile(20)
+        return percentile(self.runs_s, 20)
 
     @property
     def p80(self) -> float:
-        return self._percentile(80)
-
-    def _percentile(self, percent):
-        if len(self.runs_s) == 1:
-            return self.runs_s[0]
-        return statistics.quantiles(self.runs_s, n=100, method="inclusive")[percent - 1]
+        return percentile(self.runs_s, 80)
 
 
-def measure(call: Callable[[], object], runs: int, device: str | None = None) -> Timing:
+def percentile(values, percent: int) -> float:
+    """The value that `percent` of `values` stay below, interpolated. Introduced in notebooks/00_measure_first."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+def measure(
+    call: Callable[[], object], runs: int, device: str | None = None, settle: int = SETTLING_CALLS, during=nullcontext()
+) -> Timing:
     """Time `call()`: once to warm up, timed apart, then `runs` times; seconds by a host clock, GPU synchronised.
 
-    The first call compiles and picks kernels, so it is no sample of the others; on a GPU two more follow untimed,
-    because a CUDA graph is captured at the second call of a module and replayed from the third. Peak memory is that of
-    the timed calls on a GPU: what PyTorch reserved there, since what it counts as allocated leaves out the insides of
-    CUDA graphs. On a CPU it is the process's peak resident set, which cannot be reset and so counts loading and
-    compiling as well. `device` None: the GPU if there is one.
+    The first call compiles and picks kernels, so it is no sample of the others; on a GPU `settle` more follow untimed:
+    two, because a CUDA graph is captured at the second call of a module and replayed from the third; one will do where
+    nothing is compiled. The timed calls are made within `during`. Peak memory is that of the timed calls on a GPU: what
+    PyTorch reserved there, since what it counts as allocated leaves out the insides of CUDA graphs. On a CPU it is the
+    process's peak resident set, which cannot be reset and so counts loading and compiling as well. `device` None: the
+    GPU if there is one.
     Raises UserError for fewer than 1 run. Introduced in notebooks/00_measure_first.
     """
     if runs < 1:
@@ -58,17 +66,35 @@ def measure(call: Callable[[], object], runs: int, device: str | None = None) ->
     cuda = torch.cuda.is_available() if device is None else str(device).startswith("cuda")
     first = _timed(call, cuda)
     if cuda:
-        for settle in range(SETTLING_CALLS):
-            if settle == SETTLING_CALLS - 1:
-                torch.cuda.empty_cache()  # what loading and compiling left behind is not what a picture needs
-                torch.cuda.reset_peak_memory_stats()
-            call()
-    times = tuple(_timed(call, cuda) for _ in range(runs))
+        settle_down(call, settle)
+    with during:
+        times = tuple(_timed(call, cuda) for _ in range(runs))
+    return Timing(first, times, *peak_memory(cuda))
+
+
+def settle_down(call: Callable[[], object], times: int) -> None:
+    """On a GPU, call `times` times before timing; the last gives back what loading left behind, and counts memory anew."""
+    for left in reversed(range(times)):
+        if not left:
+            torch.cuda.empty_cache()  # what loading and compiling left behind is not what a picture needs
+            torch.cuda.reset_peak_memory_stats()
+        call()
+
+
+def peak_memory(cuda: bool) -> tuple[int, str, dict]:
+    """Peak bytes so far, what they are the peak of, and on a GPU the three ways to count them (see `Timing`)."""
     if cuda:
-        return Timing(first, times, torch.cuda.max_memory_reserved(), "CUDA memory reserved by PyTorch")
+        free, total = torch.cuda.mem_get_info()
+        reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+        memory = {"allocated": allocated, "reserved": reserved, "device": total - free}
+        return reserved, "CUDA memory reserved by PyTorch", memory
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Timing(first, times, peak, "resident set of the process")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set of the process", {}
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Seconds of one `call()` by a host clock, the GPU synchronised before and after."""
+    return _timed(call, str(device).startswith("cuda"))
 
 
 def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15) -> float:

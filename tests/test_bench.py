@@ -7,50 +7,75 @@ import pytest
 from made_up import row as made_up_row
 
 from sdopt import models, results
-from sdopt.bench import notes, process, walk
+from sdopt.bench import notes, process, studies, walk
+from sdopt.bench.judge import Judge
 from sdopt.drawing import noise
 from sdopt.errors import UserError
 from sdopt.path import STEPS
 
 CPU = process.context("cpu")
-COUNTER = []
 
 
-def answer(job, tell):
+def answer(state, tell, job):
     tell("thinking")
-    COUNTER.append(job)
-    return len(COUNTER)
+    state["count"] = state.get("count", 0) + 1
+    return state["count"]
 
 
-def fail(job, tell):
+def fail(state, tell, job):
     raise ArithmeticError("not finite\nand a second line")
 
 
-def refuse(job, tell):
+def refuse(state, tell, job):
     raise UserError("give another folder")
 
 
-def die(job, tell):
+def die(state, tell, job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave(job, tell):
+def leave(state, tell, job):
     os._exit(3)
 
 
-def hang(job, tell):
+def hang(state, tell, job):
     time.sleep(60)
 
 
 def call(function, limit_s=60.0, on_phase=lambda phase: None):
-    return process.call(CPU, function, "job", on_phase, limit_s)
+    with process.Fresh(CPU, ahead=False) as fresh:
+        return fresh.call(function, "job", on_phase=on_phase, limit_s=limit_s)
 
 
 def test_every_call_starts_from_a_clean_process_and_tells_its_phases():
     phases = []
     assert [call(answer, on_phase=phases.append) for _ in range(2)] == [1, 1]
     assert phases == ["thinking"] * 2
-    assert COUNTER == []
+
+
+def test_a_worker_keeps_its_state_and_outlives_what_it_was_refused():
+    with process.Worker(CPU) as worker:
+        assert worker.call(answer, "job") == 1
+        with pytest.raises(process.RowFailed, match="ArithmeticError"):
+            worker.call(fail, "job")
+        with pytest.raises(UserError):
+            worker.call(refuse, "job")
+        assert worker.call(answer, "job") == 2
+        with pytest.raises(process.RowFailed, match="SIGKILL"):
+            worker.call(die, "job")
+        with pytest.raises(process.RowFailed, match="SIGKILL"):
+            worker.call(answer, "job")
+
+
+def test_the_next_worker_is_started_ahead_and_none_is_left_behind():
+    with process.Fresh(CPU, ahead=True) as fresh:
+        assert fresh.call(answer, "job") == 1
+        waiting = fresh._next._process
+        assert waiting.is_alive()
+        with fresh.take() as worker:
+            assert worker._process is waiting and worker.call(answer, "job") == 1
+        last = fresh._next._process
+    assert not last.is_alive() and not waiting.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -82,13 +107,13 @@ def test_bad_input_found_in_the_process_is_bad_input_here():
 SECONDS = {1: 4.0, 4: 1.0, 5: 1.01, 6: 2.02}
 
 
-def pretend(job, tell):
-    n = len(job.ids)
+def pretend(state, tell, job):
+    n = len(job.recipe.steps)
     if n == 2:
-        die(job, tell)
-    if n == 3 and not job.channels_last:
-        fail(job, tell)
-    numbers = made_up_row(job.ids[-1], SECONDS.get(n, 0.5))
+        die(state, tell, job)
+    if n == 3 and job.recipe.id != "channels_last":
+        fail(state, tell, job)
+    numbers = made_up_row(job.recipe.steps[-1], SECONDS.get(n, 0.5))
     numbers = {key: numbers[key] for key in ("latency_s", "first_call_s", "peak_memory_bytes", "stages_ms", "as_run")}
     drawn_with = {
         "steps": min(20, job.steps) if n >= 8 else job.steps,
@@ -97,6 +122,8 @@ def pretend(job, tell):
     }
     shape = (len(job.prompts[0]), job.height, job.width, 3)
     images = [np.full(shape, 10 * n, np.uint8) for _ in job.prompts]
+    if n == 9:
+        drawn_with |= {"cutoff": 0.4}
     return {**numbers, "drawn_with": drawn_with}, images
 
 
@@ -111,7 +138,8 @@ def walked(out):
     (out / "pocket-path" / "2-bf16.png").write_bytes(b"of an earlier run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "measure", pretend)
-        return walk.walk(walk.settings("pocket", runs=2, height=64, width=64), list(walk.NUMBERS), "cpu", out)
+        shared = studies.settings("pocket", runs=2, height=64, width=64)
+        return walk.walk(shared, studies.nine(shared["steps"]), "cpu", out)
 
 
 def test_a_walk_goes_on_after_failed_rows_and_writes_what_it_returns(walked, out):
@@ -184,16 +212,16 @@ def test_a_step_that_helps_needs_no_note():
 
 
 def test_noise_is_not_judged():
-    judge = walk.Judge(walk.settings("sdxl", "random", runs=2))
+    judge = Judge(studies.settings("sdxl", "random", runs=2))
     assert judge.judge("bf16", [np.zeros((1, 8, 8, 3), np.uint8)]) is None
 
 
 def test_prompts_and_seeds_are_the_same_for_every_row_and_differ_between_pictures():
-    judge = walk.Judge(walk.settings("pocket", runs=2, batch=3))
+    judge = Judge(studies.settings("pocket", runs=2, batch=3))
     assert [len(prompts) for prompts in judge.prompts] == [3, 3]
     assert len({prompt for prompts in judge.prompts for prompt in prompts}) == 6
     assert judge.seeds == ((0, 1, 2), (3, 4, 5))
-    sd15 = walk.Judge(walk.settings("sd15", runs=2))
+    sd15 = Judge(studies.settings("sd15", runs=2))
     assert sd15.prompts == ((models.MODELS["sd15"].prompt,),) * 2
 
 

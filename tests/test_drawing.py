@@ -39,8 +39,10 @@ def test_what_is_measured_is_a_row_and_its_pictures(pocket):
     assert quality.drift(pictures[0], drawing.drawer(pocket, small())(0))["exact"]
 
 
-def test_a_picture_that_is_not_finite_is_no_measurement(pocket):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_that_is_not_finite_is_no_measurement(pocket, value):
     with torch.no_grad():
-        pocket.vae.decoder.conv_out.weight.fill_(float("nan"))
+        pocket.vae.decoder.conv_out.bias.fill_(value)
     with pytest.raises(ArithmeticError, match="not finite"), np.errstate(invalid="ignore"):
         drawing.measure(pocket, small())
+    assert "decode" not in vars(pocket.vae), "nothing stays behind"

@@ -2,7 +2,7 @@
 
 from sdopt.results import compare
 
-SUBJECTS = ("steps", "scheduler", "cutoff", "guidance_scale")  # the settings that steps of the path are about
+SUBJECTS = ("steps", "scheduler", "cutoff", "guidance_scale", "tf32")  # the settings that steps of the path are about
 
 REASONS = {
     "bf16": {

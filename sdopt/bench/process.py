@@ -1,5 +1,7 @@
-"""Run one function in a fresh process; whatever becomes of it, the caller gets an answer."""
+"""Calls in processes of their own; whatever becomes of them, the caller gets an answer."""
 
+import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -35,52 +37,83 @@ def context(device):
     return server
 
 
-def call(ctx, function, job, on_phase, limit_s):
-    """`function(job, tell)` in a fresh process of `ctx`; returns what it returns.
+class Worker:
+    """A process that makes one call after another, each with the dict `state` that it keeps between them."""
 
-    `tell(phase)` in the child calls `on_phase(phase)` here. Raises RowFailed when the child raises, dies or takes longer
-    than `limit_s` seconds, and UserError when it raises one.
-    """
-    here, there = ctx.Pipe(duplex=False)
-    process = ctx.Process(target=_child, args=(there, function, job))
-    process.start()
-    there.close()
-    deadline, answered = time.monotonic() + limit_s, False
-    try:
-        while here.poll(max(0.0, deadline - time.monotonic())):
-            kind, value = here.recv()
-            answered = kind != "phase"
-            if kind == "phase":
-                on_phase(value)
-            elif kind == "done":
-                return value
-            elif kind == "refused":
-                raise UserError(value)
-            else:
-                raise RowFailed(value)
+    def __init__(self, ctx):
+        self._here, there = ctx.Pipe()
+        self._process = ctx.Process(target=_serve, args=(there,), daemon=True)
+        self._process.start()
+        there.close()
+
+    def call(self, function, *arguments, on_phase=lambda phase: None, limit_s=3600.0):
+        """`function(state, tell, *arguments)` in the process; returns what it returns.
+
+        `tell(phase)` in the process calls `on_phase(phase)` here. Raises RowFailed when it raises, dies or takes longer
+        than `limit_s` seconds, and UserError when it raises one. A process that died or was stopped answers no more.
+        """
+        deadline = time.monotonic() + limit_s
+        try:
+            self._here.send((function, arguments))
+            while self._here.poll(max(0.0, deadline - time.monotonic())):
+                kind, value = self._here.recv()
+                if kind == "phase":
+                    on_phase(value)
+                elif kind == "done":
+                    return value
+                elif kind == "refused":
+                    raise UserError(value)
+                else:
+                    raise RowFailed(value)
+        except (EOFError, OSError):
+            self._process.join(GRACE_S)
+            raise RowFailed(_death(self._process.exitcode)) from None
+        self.stop()
         raise RowFailed(f"stopped after {limit_s:.0f} s")
-    except EOFError:
-        process.join()
-        raise RowFailed(_death(process.exitcode)) from None
-    finally:
-        here.close()
-        process.join(GRACE_S if answered else 0)
-        process.kill()
-        process.join()
+
+    def close(self):
+        """Let the process end by itself, which takes it a moment to put its things away."""
+        self._here.close()
+        self._process.join(GRACE_S)
+        self.stop()
+
+    def stop(self):
+        """End the process at once."""
+        self._process.kill()
+        self._process.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.stop() if kind is not None and not issubclass(kind, (RowFailed, UserError)) else self.close()
 
 
-def _child(pipe, function, job):
+def _serve(pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer, who ends this process
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever ends the caller ends this process, too
+    for name in PRELOAD:
+        importlib.import_module(name)
+    state = {}
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(function, state, lambda phase: pipe.send(("phase", phase)), arguments))
+
+
+def _answer(function, state, tell, arguments):
     try:
-        answer = ("done", function(job, lambda phase: pipe.send(("phase", phase))))
+        return "done", function(state, tell, *arguments)
     except UserError as error:
-        answer = ("refused", str(error))
+        return "refused", str(error)
     except RowFailed as failure:
-        answer = ("failed", str(failure))
+        return "failed", str(failure)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        answer = ("failed", summary(error))
-    pipe.send(answer)
+        return "failed", summary(error)
 
 
 def summary(error, width=160):
@@ -95,3 +128,28 @@ def _death(exitcode):
         name = signal.Signals(-exitcode).name
         return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
     return f"its process ended with exit code {exitcode}"
+
+
+class Fresh:
+    """Fresh workers, one after another; with `ahead`, the next one is already importing while this one works."""
+
+    def __init__(self, ctx, ahead):
+        self._ctx, self._ahead, self._next = ctx, ahead, None
+
+    def take(self):
+        """A worker that has done nothing yet."""
+        worker = self._next or Worker(self._ctx)
+        self._next = Worker(self._ctx) if self._ahead else None
+        return worker
+
+    def call(self, function, *arguments, **how):
+        """One call in a worker of its own, as `Worker.call`."""
+        with self.take() as worker:
+            return worker.call(function, *arguments, **how)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._next:
+            self._next.stop()

@@ -1,26 +1,46 @@
-"""What happens in the process of one row: load, prepare, time, look."""
+"""What happens in the process of one row: load, prepare, draw, time, look."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 import transformers
 
-from sdopt import compilation, drawing, models, path, schedulers
+from sdopt import attention, compilation, drawing, models, path, results, schedulers, timing
+from sdopt.bench import sensors
 from sdopt.bench.process import RowFailed
 from sdopt.errors import UserError
 
 
 @dataclass(frozen=True)
-class Job:
-    """One row to measure. `prompts` and `seeds`: one list a timed run, each as long as the batch."""
+class Recipe:
+    """One row of a study: steps of the path, with their options, then what the path has no step for."""
 
+    id: str
+    label: str
+    steps: tuple[str, ...]
+    options: dict = field(default_factory=dict)
+    apply: Callable | None = None  # a function of the pipeline, in bench/recipes.py
+    settings: dict = field(default_factory=dict)  # what the row says beside what it was drawn with
+    compiled: bool = False  # by `apply`, that is
+
+    @property
+    def compiles(self):
+        return "compile" in self.steps or self.compiled
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe and the task it is measured with. `prompts` and `seeds`: one list a timed run, as long as the batch."""
+
+    recipe: Recipe
     model: str
     weights: str
     device: str
-    ids: tuple[str, ...]
     height: int
     width: int
     steps: int
@@ -28,44 +48,103 @@ class Job:
     scheduler: str
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
-    options: dict = field(default_factory=dict)
-    channels_last: bool = False  # the layout alone, which the compile step changes too
+    artifacts: Path | None = None  # where the compiler's work is kept for another machine
 
 
-def measure(job, tell):
-    """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
+def prepare(job):
+    """The pipeline of `job`, ready to draw, and its call's keywords."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    if job.artifacts and job.artifacts.exists():
+        torch.compiler.load_cache_artifacts(job.artifacts.read_bytes())
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
     try:
-        pipe, call_kwargs = path.prepare(pipe, job.ids, **job.options)
-    except UserError as error:  # this step cannot be applied here; the others may
+        pipe, call_kwargs = path.prepare(pipe, job.recipe.steps, **job.recipe.options)
+        if job.recipe.apply:
+            pipe = job.recipe.apply(pipe)
+    except UserError as error:  # this recipe cannot be applied here; the others may
         raise RowFailed(str(error)) from error
-    if job.channels_last:
-        compilation.channels_last(pipe)
+    return pipe, call_kwargs
+
+
+def first_call(state, tell, job):
+    """Load, prepare, draw once: {"first_call_s", "graphs": {"found", "compiled"}}; `state` keeps what can draw."""
+    tell("loading")
+    pipe, call_kwargs = prepare(job)
+    state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
+    tell(f"first call{', which compiles' * drawing.is_compiled(pipe)}")
+    seconds = timing.seconds_of(state["draw"], job.device)
+    _keep_artifacts(job)
+    return {"first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+
+
+def settle(state, tell):
+    """After `first_call`: draw until nothing is left to capture."""
+    tell("settling")
+    if state["pipe"].device.type == "cuda":
+        timing.settle_down(state["draw"], timing.SETTLING_CALLS)
+
+
+def draw_timed(state, tell, run):
+    """After `settle`: seconds of one drawing of run `run`."""
+    return timing.seconds_of(lambda: state["draw"](run), state["pipe"].device)
+
+
+def finish(state, tell, job):
+    """After the timed calls: what a row has beside its times."""
+    pipe = state["pipe"]
+    memory, memory_of, counted = timing.peak_memory(pipe.device.type == "cuda")
+    counted.pop("device", None)  # the others' as well
+    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]))
+    return (
+        {"peak_memory_bytes": memory, "stages_ms": stages}
+        | ({"memory_bytes": counted} if counted else {})
+        | {
+            "drawn_with": drawn_with(pipe, job, state["call"]),
+            "as_run": as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, state["call"]),
+        }
+    )
+
+
+def measure(state, tell, job):
+    """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
+    tell("loading")
+    pipe, call_kwargs = prepare(job)
+    compiles = ", which compiles" * drawing.is_compiled(pipe)
+    seen = {}
     numbers, pictures = drawing.measure(
         pipe,
         job,
-        lambda phase: tell(phase + (", which compiles" * (phase == "first call" and "compile" in job.ids))),
+        lambda phase: tell(phase + (compiles if phase == "first call" else "")),
+        sensors.watch(job.device, seen),
         **call_kwargs,
     )
     memory_of = numbers.pop("peak_memory_of")
-    return numbers | {
-        "drawn_with": {
-            "steps": call_kwargs.get("num_inference_steps", job.steps),
-            "guidance_scale": call_kwargs.get("guidance_scale", job.guidance_scale),
-            "scheduler": next(i for i, (cls, _) in schedulers.SCHEDULERS.items() if type(pipe.scheduler) is cls),
-        },
-        "as_run": as_run(pipe) | {"peak_memory_of": memory_of},
+    _keep_artifacts(job)
+    tell("a look at its kernels")
+    graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
+    return numbers | graphs | ({"gpu": seen} if seen else {}) | {
+        "drawn_with": drawn_with(pipe, job, call_kwargs),
+        "as_run": as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, call_kwargs),
     }, [[np.asarray(image) for image in images] for images in pictures]
+
+
+def drawn_with(pipe, job, call_kwargs):
+    """The settings of the call, as the result file names them."""
+    cutoff = {"cutoff": job.recipe.options["cutoff"]} if "cfg_cutoff" in job.recipe.steps else {}
+    return {
+        "steps": call_kwargs.get("num_inference_steps", job.steps),
+        "guidance_scale": call_kwargs.get("guidance_scale", job.guidance_scale),
+        "scheduler": next(i for i, (cls, _) in schedulers.SCHEDULERS.items() if type(pipe.scheduler) is cls),
+    } | cutoff
 
 
 def as_run(pipe):
     """The switches a reader would ask about, as they stood while the row ran."""
     return {
         "unet_dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "vae_dtype": str(pipe.vae.dtype).removeprefix("torch."),
+        "vae_dtype": str(_vae_dtype(pipe)).removeprefix("torch."),
         "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
@@ -73,3 +152,21 @@ def as_run(pipe):
         "omp_spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "compiled": compilation.compiled_kind(pipe),
     }
+
+
+def attended(pipe, job, call_kwargs):
+    """{"attention": which kernels attended in the UNet}, from a profile of two more steps."""
+    draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": 2})
+    return {"attention": attention.attended_by(lambda: draw(0, "latent"))}
+
+
+def _vae_dtype(pipe):
+    # SDXL's pipeline decodes in float32 when its VAE is in float16 and says it would overflow
+    upcast = pipe.vae.dtype is torch.float16 and pipe.vae.config.get("force_upcast")
+    return torch.float32 if upcast and hasattr(pipe, "upcast_vae") else pipe.vae.dtype
+
+
+def _keep_artifacts(job):
+    saved = torch.compiler.save_cache_artifacts() if job.artifacts and job.recipe.compiles else None
+    if saved:
+        results.write_whole(job.artifacts, saved[0])

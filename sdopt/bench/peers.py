@@ -1,0 +1,99 @@
+"""A peer study: every row in a process that stays, a picture each in turn, in another order each round."""
+
+import random
+import statistics
+from pathlib import Path
+
+from sdopt.bench import process, sensors
+from sdopt.bench.judge import Judge
+from sdopt.bench.ledger import NOT_TIMED, Ledger, head
+from sdopt.bench.row import draw_timed, finish, first_call, settle
+from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
+from sdopt.timing import percentile
+
+
+def take_turns(shared, recipes, device, out, progress=lambda done, text: None, order=None, limit_s=LIMIT_S):
+    """Measure the rows `recipes` side by side; returns the result, written to `out` after every round.
+
+    `order`: the ids of all rows the file may hold, None: these. Rounds that `out` has are kept. A row that fails drops out with its reason, the others go on. In round r the rows
+    draw run r's picture, in an order shuffled by r, so that what changes about the machine meets all alike.
+    Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
+    """
+    out, judge, study = Path(out), Judge(shared), f"{shared['model']}-peers"
+    order = order or [recipe.id for recipe in recipes]
+    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume=True)
+    jobs = {r.id: job_of(r, shared, judge, device, out / "cache" / f"{study}-{r.id}.bin") for r in recipes}
+    todo = [i for i in jobs if not ledger.is_done(i)]
+    workers = {}
+    try:
+        with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+            for n, i in enumerate(todo):
+                tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
+                _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
+        _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
+        for i, worker in workers.items():
+            progress(shared["runs"], f"{i}: a last look")
+            _finish(ledger, jobs[i], worker, limit_s)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return ledger.result
+
+
+def _ready(ledger, job, fresh, workers, tell, limit_s):
+    """Load, compile and warm up one peer, in a worker that stays."""
+    recipe = job.recipe
+    row = ledger.row(recipe.id) or {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None}
+    try:
+        if recipe.compiles and "first_calls" not in row:
+            row["first_calls"] = cold(fresh, job, tell, limit_s)
+            ledger.put(row | {"status": NOT_TIMED})
+        worker = fresh.take()
+        try:
+            row["first_call_s"] = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)["first_call_s"]
+            worker.call(settle, on_phase=tell, limit_s=limit_s)
+        except BaseException:
+            worker.stop()
+            raise
+        workers[recipe.id] = worker
+        ledger.put(row | {"status": NOT_TIMED})
+    except process.RowFailed as failure:
+        ledger.put(row | {"status": f"failed: {failure}"})
+
+
+def _rounds(ledger, runs, device, workers, progress, limit_s):
+    seen = {}
+    done = min((len(_runs(ledger, i)) for i in workers), default=runs)
+    with sensors.watch(device, seen):
+        for turn in range(done, runs):
+            order = sorted(workers)
+            random.Random(turn).shuffle(order)
+            rows = []
+            for i in order:
+                progress(turn, i)
+                try:
+                    seconds = workers[i].call(draw_timed, turn, limit_s=limit_s)
+                    rows.append(ledger.row(i) | {"latency_s": _latency([*_runs(ledger, i)[:turn], seconds])})
+                except process.RowFailed as failure:
+                    rows.append(ledger.row(i) | {"status": f"failed: {failure}"})
+                    workers.pop(i).stop()
+            ledger.put(*rows)
+    if seen:
+        ledger.put(gpu_while_timed=seen)
+
+
+def _runs(ledger, i):
+    return ledger.row(i).get("latency_s", {}).get("runs", [])
+
+
+def _latency(runs):
+    return {"median": statistics.median(runs), "p20": percentile(runs, 20), "p80": percentile(runs, 80), "runs": runs}
+
+
+def _finish(ledger, job, worker, limit_s):
+    row = ledger.row(job.recipe.id)
+    try:
+        numbers = worker.call(finish, job, limit_s=limit_s) | {"first_call_s": row["first_call_s"]}
+        ledger.put(row | timed(row, numbers, job) | {"status": "ok"})
+    except process.RowFailed as failure:
+        ledger.put(row | {"status": f"failed: {failure}"})

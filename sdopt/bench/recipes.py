@@ -1,0 +1,39 @@
+"""What the path has no step for: others' recipes, to measure the path beside them."""
+
+import torch
+
+from sdopt import attention, compilation, quantization
+from sdopt.errors import UserError
+
+# The flags of diffusers' tutorial, all of them but use_mixed_mm, which Inductor ignores today.
+TUTORIAL_FLAGS = compilation.CUDA_OPTIONS | compilation.SEARCH
+# torch.compile's mode "max-autotune" as it comes: no flag of the tutorial's.
+STOCK_MAX_AUTOTUNE = {
+    "mode": "max-autotune",
+    "options": dict.fromkeys((*compilation.SEARCH, "conv_1x1_as_mm", "force_fuse_int_mm_with_mul"), False)
+    | {"epilogue_fusion": True},
+}
+
+
+def tutorial(pipe):
+    """diffusers' "Accelerate inference" tutorial, from fused projections on, to a pipeline in bf16 with SDPA.
+
+    fuse_qkv_projections, channels_last, int8 by its filter, then max-autotune of UNet and VAE decoder with its flags.
+    Source: https://huggingface.co/docs/diffusers/tutorials/fast_diffusion.
+    """
+    pipe.fuse_qkv_projections()
+    compilation.channels_last(pipe)
+    quantization.tutorial_int8(pipe)
+    compilation.start_at_step_zero(pipe)  # "Remove GPU sync after compilation"
+    options = torch._inductor.list_mode_options("max-autotune") | TUTORIAL_FLAGS
+    pipe.unet.compile(fullgraph=True, options=options)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, options=options)
+    return pipe
+
+
+def xformers(pipe):
+    """Attention by xformers in the UNet. Raises UserError with the reason where it cannot attend."""
+    reason = attention.xformers_attention(pipe)
+    if reason:
+        raise UserError(reason)
+    return pipe

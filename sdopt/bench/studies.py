@@ -1,0 +1,143 @@
+"""The studies by name, as data: which rows, of which model, and how they are measured."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdopt import models, path, results
+from sdopt.bench import recipes
+from sdopt.bench.row import Recipe
+from sdopt.errors import UserError
+from sdopt.pocket.captions import test_prompts
+
+NINE = tuple(path.NUMBERS)
+EAGER = ("bf16", "sdpa")
+NEEDED_BYTES = 64 * 2**20
+LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
+
+
+@dataclass(frozen=True)
+class Study:
+    """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn."""
+
+    name: str
+    kind: str
+    model: str
+    weights: str
+    runs: int
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study("pocket-path", "path", "pocket", "shipped", 5),
+        Study("sd15-path", "path", "sd15", "random", 5),
+        Study("sdxl-path", "path", "sdxl", "random", 5),
+        Study("sd15-peers", "peers", "sd15", "random", 15),
+        Study("sdxl-peers", "peers", "sdxl", "random", 9),
+    )
+}
+
+
+def study(name):
+    """The `Study` called `name`; raises UserError for one there is none of."""
+    if name not in STUDIES:
+        raise UserError(f"unknown study '{name}': choose one of {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def settings(name, weights=None, height=None, width=None, steps=None, batch=1, runs=5):
+    """The settings every row of a model shares: its own, with what is given instead. Raises UserError for bad ones."""
+    model = models.model(name)
+    for option, value in (("steps", steps), ("batch", batch), ("runs", runs)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} {value} is too few: use 1 or more")
+    height = model.height if height is None else height
+    width = model.width if width is None else width
+    models.check_size(height, width)
+    return {
+        "model": name,
+        "weights": weights or model.weights,
+        "height": height,
+        "width": width,
+        "steps": steps or model.steps,
+        "guidance_scale": model.guidance_scale,
+        "batch": batch,
+        "scheduler": model.scheduler,
+        "seed": 0,
+        "prompt": test_prompts(1)[0].text if name == "pocket" else model.prompt,
+        "runs": runs,
+    }
+
+
+def nine(steps, cutoff=0.4):
+    """The nine rows of a path, each with all steps up to its own."""
+    options = {"cutoff": cutoff, "steps": steps}
+    return [Recipe(step.id, step.title, NINE[: path.NUMBERS[step.id]], options) for step in path.STEPS]
+
+
+def rows_of(study, device, steps):
+    """All rows of a study, in the order they are measured."""
+    if study.kind == "peers":
+        return list(PEERS)
+    kept = path.recommended(device)
+    without = " and ".join(i for i in NINE if i not in kept) or "nothing"
+    options = {"cutoff": 0.4, "steps": steps}
+    return [*nine(steps), *BASELINES, Recipe("recommended", f"the path without {without}", kept, options)]
+
+
+def chosen(rows, only):
+    """The rows whose ids are in the text `only` ("bf16,sdpa"), None for all. Raises UserError for one there is none of."""
+    if only is None:
+        return rows
+    known, wanted = [row.id for row in rows], only.split(",")
+    unknown = [i for i in wanted if i not in known]
+    if unknown:
+        raise UserError(f"unknown row '{unknown[0]}': choose from {', '.join(known)}")
+    return [row for row in rows if row.id in wanted]
+
+
+def check_room(out):
+    """Raise UserError unless `out` is a folder that can be written to, or made one, with room for a study."""
+    out = Path(out)
+    results.write_whole(out / ".room", b"")
+    (out / ".room").unlink()
+    free = shutil.disk_usage(out).free
+    if free < NEEDED_BYTES:
+        raise UserError(f"only {free / 2**20:.0f} MiB are free for {out}: make room or give another folder with --out")
+
+
+def estimate(rows, recorded, runs):
+    """Seconds each of `rows` may take, {id: seconds}, from a recorded result of the same study; no entry for others."""
+    took = {}
+    for row in recorded["rows"] if recorded else ():
+        if row["status"] == "ok":
+            calls = row.get("first_calls", {})
+            first = sum(calls.get(key) or 0 for key in ("cold_s", "warm_s")) or row["first_call_s"]
+            took[row["id"]] = (1 + (len(calls) > 0)) * LOAD_S + first + (runs + 3) * row["latency_s"]["median"]
+    return {row.id: took[row.id] for row in rows if row.id in took}
+
+
+BASELINES = [
+    Recipe("baseline_tf32", "fp32, TF32 everywhere", NINE[:1], {"tf32": "everywhere"}, settings={"tf32": "everywhere"}),
+    Recipe("baseline_strict", "fp32, TF32 nowhere", NINE[:1], {"tf32": "nowhere"}, settings={"tf32": "nowhere"}),
+]
+PEERS = [
+    Recipe("eager_fp16", "fp16, eager", EAGER, {"dtype": torch.float16}),
+    Recipe("eager_bf16", "bf16, eager", EAGER),
+    Recipe("compile_reduce_overhead", "bf16, torch.compile, reduce-overhead", (*EAGER, "compile")),
+    Recipe(
+        "compile_max_autotune",
+        "bf16, torch.compile, max-autotune",
+        (*EAGER, "compile"),
+        {"compiler": recipes.STOCK_MAX_AUTOTUNE},
+    ),
+    Recipe("tutorial_recipe", "diffusers' tutorial, the whole recipe", EAGER, apply=recipes.tutorial, compiled=True),
+    *(
+        Recipe(f"sdpa_{backend}", f"bf16, eager, SDPA by {backend}", EAGER, {"attention": backend})
+        for backend in ("math", "efficient", "flash", "cudnn")
+    ),
+    Recipe("xformers", "bf16, eager, attention by xformers", EAGER, apply=recipes.xformers),
+]
