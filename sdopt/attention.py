@@ -25,7 +25,7 @@ BACKENDS = {
 
 FUSED = {  # how the kernels of each are called, or on a CPU its operator
     "cudnn": r"cudnn.*(sdpa|attention)",
-    "flash": r"^(?!.*cudnn).*(flash_fwd|flash_attention_for_cpu)",
+    "flash": r"^(?!.*cudnn).*(flash_fwd|FlashAttnFwd|flash_attention_for_cpu)",
     "efficient": r"fmha_cutlass",
 }
 

@@ -115,8 +115,6 @@ def _bench(options):
         return 0
     studies.check_room(options.out)
     _download(shared)
-    # The compiler's cache stays with the results: the next process finds it, and the next machine if it gets a copy.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(options.out).resolve() / "cache" / "inductor"))
     order = [row.id for row in every]
     if study.kind == "path":
         with _progress(len(rows), "row") as progress:

@@ -113,20 +113,15 @@ def all_finite(pipe, draw):
 
     The picture itself would not tell: a pipeline clips it to what a screen can show, infinity as well.
     """
-    decode, own, seen = pipe.vae.decode, vars(pipe.vae).get("decode"), []
+    decode, seen = pipe.vae.decode, []
 
     def decode_and_look(latents, *args, **kwargs):
         decoded = decode(latents, *args, **kwargs)
         seen.extend((latents.isfinite().all(), decoded[0].isfinite().all()))
         return decoded
 
-    pipe.vae.decode = decode_and_look
-    try:
+    with timing.swapped(pipe.vae, "decode", decode_and_look):
         draw()
-    finally:
-        del pipe.vae.decode
-        if own is not None:
-            pipe.vae.decode = own
     if not all(seen):
         raise ArithmeticError("latents or picture hold values that are not finite")
 

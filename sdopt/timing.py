@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 
@@ -172,8 +172,8 @@ def stages(pipe, call: Callable[[], object]) -> dict:
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     with ExitStack() as stack:
         for module in encoders:
-            stack.enter_context(_watched(module, "_compiled_call_impl", watch, "text_encoder", _run(module)))
-        stack.enter_context(_watched(pipe.unet, "_compiled_call_impl", watch, "unet", _run(pipe.unet)))
+            stack.enter_context(around_calls(module, partial(_mark, watch, "text_encoder")))
+        stack.enter_context(around_calls(pipe.unet, partial(_mark, watch, "unet")))
         for method in ("scale_model_input", "step"):
             stack.enter_context(_watched(pipe.scheduler, method, watch, "scheduler"))
         for method in ("encode", "decode"):
@@ -204,26 +204,11 @@ def _timed(call, cuda):
     return time.perf_counter() - start
 
 
-def _run(module):
-    # A module's call goes through this slot when torch.compile has filled it. Unlike a hook, a function put there is
-    # not part of what the compiler traced, so nothing is compiled again.
-    return module._compiled_call_impl or module._call_impl
-
-
 @contextmanager
-def _watched(owner, name, watch, stage, inner=None):
-    """Within, `owner.name` reports each of its calls to `watch`."""
-    inner = inner or getattr(owner, name)
+def swapped(owner, name, function):
+    """Within, `owner.name` is `function`; `owner` is as it was afterwards, whether the attribute was its own or not."""
     was_own, before = name in vars(owner), vars(owner).get(name)
-
-    @wraps(inner)  # pipelines look at the signature of scheduler.step
-    def watched(*args, **kwargs):
-        start = watch.mark()
-        result = inner(*args, **kwargs)
-        watch.spans.append((stage, start, watch.mark()))
-        return result
-
-    object.__setattr__(owner, name, watched)
+    object.__setattr__(owner, name, function)
     try:
         yield
     finally:
@@ -231,6 +216,29 @@ def _watched(owner, name, watch, stage, inner=None):
             object.__setattr__(owner, name, before)
         else:
             object.__delattr__(owner, name)
+
+
+def around_calls(module, around):
+    """A context in which a call of `module` is `around(run, *args, **kwargs)`, where `run` is the call itself.
+
+    A module's call goes through this slot when torch.compile has filled it. Unlike a hook, a function put there is not
+    part of what the compiler traced, so nothing is compiled again.
+    """
+    run = module._compiled_call_impl or module._call_impl
+    return swapped(module, "_compiled_call_impl", partial(around, run))
+
+
+def _watched(owner, name, watch, stage):
+    """A context in which `owner.name` reports each of its calls to `watch`."""
+    inner = getattr(owner, name)
+    return swapped(owner, name, wraps(inner)(partial(_mark, watch, stage, inner)))  # pipelines look at signatures
+
+
+def _mark(watch, stage, inner, *args, **kwargs):
+    start = watch.mark()
+    result = inner(*args, **kwargs)
+    watch.spans.append((stage, start, watch.mark()))
+    return result
 
 
 class _CpuWatch:

@@ -22,7 +22,7 @@ def take_turns(shared, recipes, device, out, progress=lambda done, text: None, o
     out, judge, study = Path(out), Judge(shared), f"{shared['model']}-peers"
     order = order or [recipe.id for recipe in recipes]
     ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume=True)
-    jobs = {r.id: job_of(r, shared, judge, device, out / "cache" / f"{study}-{r.id}.bin") for r in recipes}
+    jobs = {r.id: job_of(r, shared, judge, device, out / "cache") for r in recipes}
     todo = [i for i in jobs if not ledger.is_done(i)]
     workers = {}
     try:
@@ -34,6 +34,7 @@ def take_turns(shared, recipes, device, out, progress=lambda done, text: None, o
         for i, worker in workers.items():
             progress(shared["runs"], f"{i}: a last look")
             _finish(ledger, jobs[i], worker, limit_s)
+            worker.close()
     finally:
         for worker in workers.values():
             worker.stop()

@@ -12,7 +12,7 @@ import transformers
 
 from sdopt import attention, compilation, drawing, models, path, results, schedulers, timing
 from sdopt.bench import sensors
-from sdopt.bench.process import RowFailed
+from sdopt.bench.process import RowFailed, summary
 from sdopt.errors import UserError
 
 
@@ -48,13 +48,20 @@ class Job:
     scheduler: str
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
-    artifacts: Path | None = None  # where the compiler's work is kept for another machine
+    cache: Path | None = None  # the folder of the compiler's cache, None: PyTorch's own
+
+    @property
+    def artifacts(self):
+        """The compiler's work for this row in one file, for a machine that has no cache yet."""
+        return self.cache / f"{self.model}-{self.recipe.id}.bin" if self.cache and self.recipe.compiles else None
 
 
 def prepare(job):
     """The pipeline of `job`, ready to draw, and its call's keywords."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    if job.cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.cache / "inductor")
     if job.artifacts and job.artifacts.exists():
         torch.compiler.load_cache_artifacts(job.artifacts.read_bytes())
     pipe = models.load(job.model, job.weights, job.device)
@@ -156,8 +163,20 @@ def as_run(pipe):
 
 def attended(pipe, job, call_kwargs):
     """{"attention": which kernels attended in the UNet}, from a profile of two more steps."""
+    found = set()
+
+    def profiled(run, *args, **kwargs):
+        results_of_call = []
+        found.update(attention.attended_by(lambda: results_of_call.append(run(*args, **kwargs))))
+        return results_of_call[0]
+
     draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": 2})
-    return {"attention": attention.attended_by(lambda: draw(0, "latent"))}
+    try:
+        with timing.around_calls(pipe.unet, profiled):
+            draw(0, "latent")
+    except RuntimeError as error:  # a profiler that is refused (in some containers) is no reason to lose the row
+        return {"attention": None, "attention_unknown": summary(error)}
+    return {"attention": sorted(found)}
 
 
 def _vae_dtype(pipe):
@@ -167,6 +186,6 @@ def _vae_dtype(pipe):
 
 
 def _keep_artifacts(job):
-    saved = torch.compiler.save_cache_artifacts() if job.artifacts and job.recipe.compiles else None
+    saved = torch.compiler.save_cache_artifacts() if job.artifacts else None
     if saved:
         results.write_whole(job.artifacts, saved[0])

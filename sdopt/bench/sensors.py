@@ -1,8 +1,11 @@
-"""What a GPU was doing while it was timed, as nvidia-smi tells it: clocks, power, temperature."""
+"""What a GPU was doing while it was timed: clocks, power, temperature."""
 
 import statistics
 import subprocess
+import threading
 from contextlib import contextmanager
+
+import torch
 
 STATE = {  # as found, before anything is measured
     "sm_clock_mhz": "clocks.sm",
@@ -12,56 +15,53 @@ STATE = {  # as found, before anything is measured
     "power_limit_w": "power.limit",
     "temperature_c": "temperature.gpu",
 }
-WATCHED = {"sm_clock_mhz": "clocks.sm", "power_w": "power.draw", "temperature_c": "temperature.gpu"}
-EVERY_MS = 100
-LOOK = ("--format=csv,noheader,nounits", "--id=0")
+WATCHED = {
+    "sm_clock_mhz": torch.cuda.clock_rate,
+    "power_w": lambda: torch.cuda.power_draw() / 1e3,
+    "temperature_c": torch.cuda.temperature,
+}
+EVERY_S = 0.2
 
 
 def state():
-    """The GPU as it is now: {"sm_clock_mhz", ...}, a number each (None where it does not tell); None without one."""
+    """The first GPU as it is now: {"sm_clock_mhz", ...}, None for what it does not tell; None without nvidia-smi."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE.values())}", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        done = subprocess.run(_command(STATE), capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return dict(zip(STATE, _numbers(done.stdout.splitlines()[0]), strict=True))
+    return dict(zip(STATE, map(_number, done.stdout.splitlines()[0].split(",")), strict=True))
 
 
 @contextmanager
 def watch(device, into):
-    """Within, look at the GPU ten times a second; afterwards `into` has median, low and high of what was seen.
+    """Within, look at the GPU five times a second; afterwards `into` has median, low and high of what was seen.
 
-    {"sm_clock_mhz": {"median", "low", "high"}, "power_w": ..., "temperature_c": ...}; nothing on a CPU, or without
-    nvidia-smi.
+    {"sm_clock_mhz": {"median", "low", "high"}, "power_w": ..., "temperature_c": ...}; nothing on a CPU, and without
+    the package nvidia-ml-py, by which PyTorch asks.
     """
+    seen, stop = {name: [] for name in WATCHED}, threading.Event()
+    watcher = threading.Thread(target=_look, args=(seen, stop), daemon=True)
+    if str(device).startswith("cuda"):
+        watcher.start()
     try:
-        if not str(device).startswith("cuda"):
-            raise FileNotFoundError
-        process = subprocess.Popen(
-            _command(WATCHED, f"--loop-ms={EVERY_MS}"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    except OSError:
-        yield
-        return
-    try:
-        process.stdout.readline()  # it is looking from here on
         yield
     finally:
-        process.terminate()
-        lines = [
-            _numbers(line) for line in process.communicate()[0].splitlines() if line.count(",") == len(WATCHED) - 1
-        ]
-        for name, seen in zip(WATCHED, zip(*lines)):
-            seen = [value for value in seen if value is not None]
-            if seen:
-                into[name] = {"median": statistics.median(seen), "low": min(seen), "high": max(seen)}
+        stop.set()
+        if watcher.ident:
+            watcher.join()
+        for name, values in seen.items():
+            if values:
+                into[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def _command(fields, *more):
-    return ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", *LOOK, *more]
-
-
-def _numbers(line):
-    return [_number(text) for text in line.split(",")]
+def _look(seen, stop):
+    while not stop.wait(EVERY_S):
+        for name, ask in WATCHED.items():
+            try:
+                seen[name].append(ask())
+            except Exception:  # no package to ask by, or a GPU that does not tell this: NVML has errors of its own
+                pass
 
 
 def _number(text):

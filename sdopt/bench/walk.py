@@ -33,7 +33,7 @@ def walk(shared, recipes, device, out, progress=lambda done, text: None, order=N
         for recipe in todo:
             done = len(recipes) - len(todo) + todo.index(recipe)
             tell = lambda phase: progress(done, f"{recipe.id}: {phase}")
-            job = job_of(recipe, shared, judge, device, out / "cache" / f"{study}-{recipe.id}.bin" if resume else None)
+            job = job_of(recipe, shared, judge, device, out / "cache" if resume else None)
             row, images = ledger.row(recipe.id) or {"id": recipe.id, "label": recipe.label, "settings": {}}, None
             try:
                 if resume and recipe.compiles and "first_calls" not in row:
@@ -43,7 +43,8 @@ def walk(shared, recipes, device, out, progress=lambda done, text: None, order=N
                 row |= timed(row, numbers, job) | {"status": "ok", "quality": judge.judge(recipe.id, images)}
             except process.RowFailed as failure:
                 row |= {"status": f"failed: {failure}", "quality": None}
-            _keep_picture(out / study / image_name(recipe.id), images, judge)
+            if recipe.id in path.NUMBERS:
+                _keep_picture(out / study / image_name(recipe.id), images, judge)
             before = _before(ledger, recipe.id)
             row["note"] = notes.note(row, before, shared, device) if before and images else None
             if recipe.id == "compile" and images:
@@ -53,10 +54,10 @@ def walk(shared, recipes, device, out, progress=lambda done, text: None, order=N
     return ledger.result
 
 
-def job_of(recipe, shared, judge, device, artifacts=None):
+def job_of(recipe, shared, judge, device, cache=None):
     """The job of a row: its recipe, and the task that all rows share."""
     task = {key: shared[key] for key in SHARED}
-    return Job(recipe, device=device, prompts=judge.prompts, seeds=judge.seeds, artifacts=artifacts, **task)
+    return Job(recipe, device=device, prompts=judge.prompts, seeds=judge.seeds, cache=cache, **task)
 
 
 def cold(fresh, job, tell, limit_s):
@@ -79,7 +80,7 @@ def timed(row, numbers, job):
 
 def image_name(i):
     """The file name of the picture a step drew: "4-compile.png"."""
-    return f"{path.NUMBERS.get(i, 10)}-{i}.png"
+    return f"{path.NUMBERS[i]}-{i}.png"
 
 
 def _before(ledger, i):
@@ -92,7 +93,7 @@ def _channels_last(fresh, job, limit_s):
     """The memory layout without the compiler: the step before `compile`, in channels_last."""
     eager = tuple(i for i in job.recipe.steps if i != "compile")
     layout = Recipe("channels_last", "the layout alone", eager, job.recipe.options, apply=compilation.channels_last)
-    alone = replace(job, recipe=layout, artifacts=None)
+    alone = replace(job, recipe=layout)
     try:
         numbers, _ = fresh.call(measure, alone, limit_s=limit_s)
     except process.RowFailed as failure:
