@@ -1,17 +1,26 @@
 """Every plot, from rows of result files and the pictures that belong to them, and from nothing else."""
 
+import hashlib
 import io
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
+from PIL import Image
+
+from sdopt import results
+from sdopt.errors import UserError
+from sdopt.path import NUMBERS
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by lightness.
 STAGES = {"text_encoder": "#009E73", "unet": "#0072B2", "scheduler": "#F0E442", "vae": "#E69F00", "rest": "#BBBBBB"}
 NAMES = {"text_encoder": "text encoder", "unet": "UNet", "scheduler": "scheduler", "vae": "VAE decode", "rest": "rest"}
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, QUIET = "#222222", "#666666"
+SOURCE = "sdopt-source"
+DRAWN = 2  # counts the changes in how figures are drawn: a new number makes all of them stale
 
 
 class Plot(Figure):
@@ -26,9 +35,38 @@ class Plot(Figure):
         return file.getvalue()
 
 
+def digest(files):
+    """The SHA-256 of what a figure is drawn from: the figure carries it, to tell when it is stale."""
+    seen = hashlib.sha256(f"drawn {DRAWN}".encode())
+    for file in files:
+        seen.update(Path(file).read_bytes())
+    return seen.hexdigest()
+
+
+def source(figure_path):
+    """The digest a figure carries, None when it has none or is not there."""
+    try:
+        with Image.open(figure_path) as figure:
+            return figure.info.get(SOURCE)
+    except OSError:
+        return None
+
+
+def save(figure, target, files):
+    """Write `figure`, drawn from `files`, to the PNG `target`. Raises UserError when it cannot be written."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={SOURCE: digest(files), "Software": None})
+    results.write_whole(target, file.getvalue())
+
+
+def title(figure, words, result):
+    """Above a figure: what it shows, and what was measured where."""
+    figure.suptitle(f"{words}\n{described(result)}", fontsize=12, color=INK, x=0.01, ha="left")
+
+
 def seconds(value):
-    """A time in seconds for people: "3.21 s", "0.184 s"."""
-    return f"{value:.2f} s" if value >= 1 else f"{value:.3f} s"
+    """A time in seconds for people: "0.184 s", "3.21 s", "212 s"."""
+    return f"{value:.{3 if value < 1 else 2 if value < 100 else 0}f} s"
 
 
 def described(result):
@@ -59,7 +97,7 @@ def memory(rows):
         axes.barh(y, mib, height=0.62, color=STAGES["unet"])
         axes.text(mib, y, f" {mib:,.0f} MiB", va="center", color=INK)
     axes.set_xlim(0, 1.2 * max(row["peak_memory_bytes"] for row in rows) / 2**20)
-    _rows_down(axes, [row["id"] for row in rows])
+    rows_down(axes, [row["id"] for row in rows])
     axes.set_xlabel("peak memory, MiB", color=QUIET)
     return figure
 
@@ -85,7 +123,7 @@ def grid(pictures, titles, reference=None, gain=8):
 
 
 def scatter(points, x, y):
-    """Points with labels, for a notebook: quality against latency, say. Points of one "series" share a colour and a line.
+    """Points with labels, for a notebook: quality against latency, say. Those of a "series" share colour and line.
 
     `points` are {"label", "x", "y", "series", "low", "high"}; the last three may be left out. `x` and `y` name the
     axes. Introduced in notebooks/08_dpm_20.
@@ -145,9 +183,11 @@ def _label(axes, points):
 
 
 def ends_of(result):
-    """The first and the last row of a path study that were measured."""
-    measured = [row for row in result["rows"] if row["status"] == "ok"]
-    return measured[0], measured[-1]
+    """The baseline and the last of the nine steps that was measured. Raises UserError where there is no baseline."""
+    base = baseline(result["rows"])
+    if base is None:
+        raise UserError(f"{result['study']} holds no baseline to compare with: measure its row baseline_fp32")
+    return base, [row for row in result["rows"] if row["status"] == "ok" and row["id"] in NUMBERS][-1]
 
 
 def baseline(rows):
@@ -164,7 +204,7 @@ def draw_ladder(axes, rows, recorded=()):
             axes.text(longest * 0.01, y, row["status"], va="center", fontsize=9, color=QUIET, style="italic")
             continue
         latency, left = row["latency_s"], 0.0
-        for stage, width in _stages_s(row).items():
+        for stage, width in stages_s(row).items():
             axes.barh(
                 y,
                 width,
@@ -181,21 +221,23 @@ def draw_ladder(axes, rows, recorded=()):
         axes.errorbar(middle, y, xerr=spread, fmt="o", color=INK, markersize=4, capsize=3, linewidth=1.2)
         gain = f"   {base['latency_s']['median'] / middle:.2f}x" if base and not elsewhere else ""
         axes.text(max(left, latency["p80"]) + longest * 0.015, y, seconds(middle) + gain, va="center", color=INK)
-    _rows_down(axes, [row["id"] for row in rows] + [f"{row['id']}\n({machine})" for machine, row in recorded])
+    rows_down(axes, [row["id"] for row in rows] + [f"{row['id']}\n({machine})" for machine, row in recorded])
     axes.set_xlim(0, longest * 1.2)
     axes.set_xlabel("seconds; bars: the stages of one call; dot: median of the timed calls, p20 to p80", color=QUIET)
     handles = [Patch(color=colour, label=NAMES[stage]) for stage, colour in STAGES.items()]
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
-def _rows_down(axes, names):
+def rows_down(axes, names):
+    """Name the rows of `axes`, the first on top, and clear away the frame."""
     axes.set_yticks(range(len(names)), names, fontsize=10)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def _stages_s(row):
+def stages_s(row):
+    """Seconds a row spent by stage, {"unet": 1.2, ...}; what the stages leave of its median is the "rest"."""
     stages = {stage: row["stages_ms"][stage] / 1e3 for stage in STAGES if stage != "rest"}
     return stages | {"rest": max(0.0, row["latency_s"]["median"] - sum(stages.values()))}
 

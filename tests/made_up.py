@@ -1,4 +1,4 @@
-"""A result file of a path study with made-up numbers, and pictures to go with it."""
+"""Result files of path and peer studies with made-up numbers, and pictures to go with them."""
 
 from PIL import Image
 
@@ -6,6 +6,17 @@ from sdopt import results
 
 IDS = ("baseline_fp32", "bf16", "sdpa", "compile", "fused_qkv", "int8", "tiny_vae", "dpm_20", "cfg_cutoff")
 SECONDS = (4.0, 2.0, 1.96, 1.6, 1.6, 2.4, 1.5, 1.0, 0.8)
+PEERS = {  # id: label, seconds, and what the UNet's attention ran on
+    "eager_fp16": ("fp16, eager", 2.1, "cudnn"),
+    "eager_bf16": ("bf16, eager", 2.0, "cudnn"),
+    "compile_reduce_overhead": ("bf16, torch.compile, reduce-overhead", 1.7, "cudnn"),
+    "compile_max_autotune": ("bf16, torch.compile, max-autotune", 1.6, "cudnn"),
+    "tutorial_recipe": ("diffusers' tutorial, the whole recipe", 1.75, "cudnn"),
+    "sdpa_math": ("bf16, eager, SDPA by math", 4.0, "math"),
+    "sdpa_efficient": ("bf16, eager, SDPA by efficient", 2.5, "efficient"),
+    "sdpa_flash": ("bf16, eager, SDPA by flash", 2.2, "flash"),
+    "sdpa_cudnn": ("bf16, eager, SDPA by cudnn", 2.0, "cudnn"),
+}
 
 
 def share(right, of):
@@ -59,10 +70,68 @@ def result(**settings):
     }
 
 
-def run_folder(folder, **settings):
-    """What `sdopt run` leaves in a folder: the result file and one picture a step."""
-    (folder / "pocket-path").mkdir(parents=True, exist_ok=True)
-    results.write(folder / "pocket-path.json", result(**settings))
-    for n, i in enumerate(IDS, 1):
-        Image.new("RGB", (16, 16), (n * 25, 90, 200)).save(folder / "pocket-path" / f"{n}-{i}.png")
+def bench_result(**settings):
+    """What `sdopt bench sdxl-path` writes on a GPU, with random weights."""
+    made = result(**{"model": "sdxl", "weights": "random", "height": 1024, "width": 1024} | settings)
+    made |= {
+        "study": f"{made['settings']['model']}-path",
+        "gpu_state": {"sm_clock_max_mhz": 1980, "power_limit_w": 700},
+    }
+    made["environment"]["gpu"] = "Some GPU"
+    judged = made["settings"]["weights"] != "random"
+    extras = [
+        row("baseline_tf32", 3.0, label="fp32, TF32 everywhere", settings={"tf32": "everywhere"}),
+        row("baseline_strict", 5.0, label="fp32, TF32 nowhere", settings={"tf32": "nowhere"}),
+        row("recommended", 0.5, label="the path without int8"),
+    ]
+    for n, r in enumerate([*made["rows"], *extras]):
+        plain = n < 2 or r in extras[:2]
+        dtype = "float32" if n == 0 or r in extras[:2] else "bfloat16"
+        r["quality"] = r["quality"] if judged else None
+        r["gpu"] = {"sm_clock_mhz": seen(1700 + 10 * n), "power_w": seen(600 - n), "temperature_c": seen(50)}
+        r["as_run"] = {"compiled": None, "unet_dtype": dtype, "vae_dtype": dtype}
+        r["as_run"]["attention"] = ["math"] if plain else ["cudnn", "flash"] if n == 2 else ["cudnn"]
+        if n > 2 and not plain:
+            r["as_run"]["compiled"] = "whole"
+            r["first_calls"] = {"cold_s": 210.0 + n, "compiled": 1, "found": int(n == 4), "warm_s": 12.0 + n}
+            r["first_call_s"] = r["first_calls"]["cold_s"]
+    made["rows"] += extras
+    return made
+
+
+def seen(median):
+    return {"median": median, "low": median - 100, "high": median + 100}
+
+
+def peers_result(**settings):
+    """What `sdopt bench sdxl-peers` writes on a GPU where xformers' kernels cannot be loaded."""
+    made = bench_result(**settings)
+    made |= {"study": f"{made['settings']['model']}-peers", "gpu_while_timed": {"sm_clock_mhz": seen(1750)}}
+    made["rows"] = []
+    for i, (label, seconds, attention) in PEERS.items():
+        runs = [seconds * (1 + k / 100) for k in (-2, -1, 0, 1, 2)]
+        as_run = {"compiled": None, "unet_dtype": "bfloat16", "vae_dtype": "bfloat16", "attention": [attention]}
+        if i == "eager_fp16":
+            as_run |= {"unet_dtype": "float16", "vae_dtype": "float32"}
+        latency = {"median": runs[2], "p20": runs[1], "p80": runs[3], "runs": runs}
+        more = {"label": label, "quality": None, "latency_s": latency, "as_run": as_run}
+        if "compile" in i or i == "tutorial_recipe":
+            calls = {"cold_s": 100 * seconds, "compiled": 2, "found": 0, "warm_s": 10 * seconds}
+            more |= {"first_calls": calls, "first_call_s": calls["cold_s"]}
+        made["rows"].append(row(i, seconds, **more))
+    failed = "failed: xformers cannot attend here (its kernels need libcudart.so.12); SDPA does"
+    made["rows"].append({"id": "xformers", "label": "attention by xformers", "settings": {}, "status": failed})
+    return made
+
+
+def run_folder(folder, made=None, **settings):
+    """What a study leaves in a folder: its result, `made` or a path's, and but of noise a picture a row."""
+    made = made or result(**settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write(folder / f"{made['study']}.json", made)
+    if made["settings"]["weights"] != "random":
+        for n, r in enumerate(made["rows"], 1):
+            picture = folder / made["study"] / f"{min(n, 10)}-{r['id']}.png"
+            picture.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16), (n * 20, 90, 200)).save(picture)
     return folder

@@ -43,7 +43,7 @@ def sdopt(*argv, **environment):
     ("options", "said"),
     [
         (["--model", "sd3"], "unknown model 'sd3': choose one of pocket, sd15, sdxl"),
-        (["--only", "bf16,int4"], "unknown step 'int4': choose from baseline_fp32, bf16"),
+        (["--only", "bf16,int4"], "unknown row 'int4': choose from baseline_fp32, bf16"),
         (["--steps", 0], "--steps 0 is too few: use 1 or more"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--batch", 0], "--batch 0 is too few: use 1 or more"),

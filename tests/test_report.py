@@ -1,7 +1,11 @@
-import pytest
-from made_up import IDS, result, run_folder
+import json
+import re
+from types import SimpleNamespace
 
-from sdopt import report
+import pytest
+from made_up import IDS, bench_result, peers_result, result, run_folder
+
+from sdopt import report, results
 from sdopt.errors import UserError
 
 README = """# A title
@@ -14,27 +18,75 @@ Prose stays.
 <!-- sdopt table cpu-2-cores/pocket-path -->
 old
 <!-- /sdopt -->
+
+<!-- sdopt table some-gpu/sdxl-peers -->
+<!-- /sdopt -->
 """
+NOTEBOOK = "notebooks/10_the_whole_path.ipynb"
+PATH, PEERS = "figures/data/cpu-2-cores/pocket-path.json", "figures/data/some-gpu/sdxl-peers.json"
+FIGURES = [
+    *(f"cpu-2-cores-pocket-path{suffix}.png" for suffix in ("", "-stages", "-before-after")),
+    *(f"some-gpu-sdxl-path{suffix}.png" for suffix in ("", "-stages")),
+    *(f"some-gpu-sdxl-peers{suffix}.png" for suffix in ("", "-attention")),
+]
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def data(tmp_path):
+    """A checkout with a page and recorded measurements, and nothing made from them."""
     root = tmp_path / "checkout"
     (root / "figures" / "data").mkdir(parents=True)
     (root / "README.md").write_text(README)
-    report.add(run_folder(tmp_path / "out"), root)
+    run_folder(tmp_path / "out", peers_result())
+    run_folder(tmp_path / "out", bench_result())
+    assert report.add(run_folder(tmp_path / "out"), root) == "pocket-path.json, sdxl-path.json, sdxl-peers.json"
     return root
 
 
-def test_renewing_once_leaves_nothing_stale(checkout):
-    written = [path.name for path in report.renew(checkout)]
-    assert written == ["cpu-2-cores-pocket-path.png", "cpu-2-cores-pocket-path-before-after.png", "README.md"]
-    assert report.stale(checkout) == []
-    assert report.renew(checkout) == []
+@pytest.fixture
+def checkout(data, monkeypatch):
+    """The same with all figures, which are not worth drawing anew for every test: digests alone."""
+
+    def draw(*sources_and_target):
+        target = sources_and_target[-1]
+        target.write_text(report.figures.digest(report._drawings(recorded_in(target, data))[0]))
+
+    for module, names in (
+        (report.pathfigures, ("path_figure", "stages_figure", "before_and_after")),
+        (report.peerfigures, ("peers_figure", "attention_figure")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, draw)
+    monkeypatch.setattr(report.figures, "source", lambda path: path.read_text() if path.exists() else None)
+    (data / "figures" / "data" / "published.json").write_text('{"rows": []}')
+    report.renew(data)
+    return data
+
+
+def recorded_in(target, root):
+    machine, study = re.match(r"(cpu-2-cores|some-gpu)-(\w+-(?:path|peers))", target.name).groups()
+    return root / "figures" / "data" / machine / f"{study}.json"
+
+
+def write_notebook(root, *sources):
+    """A notebook with a code cell and a markdown cell for each of `sources`, as nbformat writes it."""
+    cells = [{"cell_type": "code", "source": ["1\n", "<!-- sdopt"], "outputs": [{"text": ["—\n"]}], "metadata": {}}]
+    cells += [{"cell_type": "markdown", "source": text.splitlines(keepends=True), "metadata": {}} for text in sources]
+    path = root / NOTEBOOK
+    path.parent.mkdir(exist_ok=True)
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def test_renewing_once_leaves_nothing_stale(data):
+    written = [path.name for path in report.renew(data)]
+    assert written == [*FIGURES, "README.md"]
+    assert report.stale(data) == []
+    assert report.renew(data) == []
 
 
 def test_the_readme_gets_its_numbers_and_keeps_its_prose(checkout):
-    report.renew(checkout)
     text = (checkout / "README.md").read_text()
     assert "in 4.00 s and at the end of the path in 0.800 s: 5.0 times faster on Some CPU, 2 cores." in text
     assert "Prose stays." in text
@@ -42,9 +94,8 @@ def test_the_readme_gets_its_numbers_and_keeps_its_prose(checkout):
     assert sum(line.startswith(f"| {i} |") for i in IDS for line in text.splitlines()) == len(IDS)
 
 
-@pytest.mark.parametrize("spoiled", ["README.md", "figures/cpu-2-cores-pocket-path.png"])
+@pytest.mark.parametrize("spoiled", ["README.md", *(f"figures/{name}" for name in FIGURES)])
 def test_what_no_longer_matches_is_stale(checkout, spoiled):
-    report.renew(checkout)
     path = checkout / spoiled
     if path.suffix == ".md":
         path.write_text(path.read_text().replace("4.00 s", "3.00 s"))
@@ -53,16 +104,70 @@ def test_what_no_longer_matches_is_stale(checkout, spoiled):
     assert report.stale(checkout) == [path]
 
 
-def test_a_new_measurement_makes_everything_stale(checkout):
+@pytest.mark.parametrize(
+    ("source", "edit", "stale"),
+    [
+        (PATH, ('"median": 4.0', '"median": 3.9'), [*FIGURES[:3], "README.md"]),
+        (PATH, ('"vae": 360.0', '"vae": 361.0'), FIGURES[:3]),
+        (PEERS, ('"median": 1.7,', '"median": 1.6,'), [*FIGURES[5:], "README.md"]),
+    ],
+)
+def test_one_number_of_a_measurement_edited_makes_what_shows_it_stale(checkout, source, edit, stale):
+    path = checkout / source
+    assert edit[0] in path.read_text()
+    path.write_text(path.read_text().replace(*edit))
+    assert [path.name for path in report.stale(checkout)] == stale
+
+
+def test_another_way_of_drawing_makes_every_figure_stale(checkout, monkeypatch):
+    monkeypatch.setattr(report.figures, "DRAWN", 0)
+    assert [path.name for path in report.stale(checkout)] == FIGURES
+
+
+def test_a_notebook_gets_its_blocks_in_the_cell_and_keeps_the_rest(checkout):
+    block = "<!-- sdopt headline cpu-2-cores/pocket-path -->\n<!-- /sdopt -->"
+    path = write_notebook(checkout, "No block — no change.", f"Before.\n\n{block}\n\nAfter.")
+    old = json.loads(path.read_text())
+    assert report.renew(checkout) == [path]
+    new = path.read_text()
+    assert new == json.dumps(json.loads(new), indent=1, ensure_ascii=False) + "\n"
+    cells = json.loads(new)["cells"]
+    assert cells[:2] == old["cells"][:2]
+    assert cells[2]["source"][:3] == ["Before.\n", "\n", "<!-- sdopt headline cpu-2-cores/pocket-path -->\n"]
+    assert cells[2]["source"][3].startswith("The same prompt and the same noise, by the baseline in 4.00 s")
+    assert cells[2]["source"][-2:] == ["\n", "After."]
+    path.write_text(new.replace("4.00 s", "3.00 s"))
+    assert report.stale(checkout) == [path]
+
+
+def test_a_notebook_without_blocks_is_left_as_it_is(checkout):
+    path = write_notebook(checkout, "Only words.")
+    path.write_text(path.read_text().replace("\n ", "\n    "))
+    assert report.stale(checkout) == []
+
+
+def test_published_figures_are_a_block(checkout):
+    rows = [{"what": "a", "hardware": "b", "source": "c", "figures": [{"name": "fp32", "value": 7.36, "unit": "s"}]}]
+    results.write_json(checkout / "figures" / "data" / "published.json", {"rows": rows})
+    write_notebook(checkout, "<!-- sdopt published published -->\n<!-- /sdopt -->")
     report.renew(checkout)
-    path = checkout / "figures" / "data" / "cpu-2-cores" / "pocket-path.json"
-    path.write_text(path.read_text().replace('"median": 4.0', '"median": 3.9'))
-    assert len(report.stale(checkout)) == 3
+    assert "| a | b | fp32 7.36 s | c |" in (checkout / NOTEBOOK).read_text()
 
 
-def test_noise_gets_no_before_and_after(tmp_path, checkout):
+def test_noise_gets_no_before_and_after_and_loses_the_pictures_of_older_measurements(tmp_path, checkout):
+    pictures = checkout / "figures" / "data" / "cpu-2-cores" / "pocket-path"
+    assert list(pictures.iterdir())
     report.add(run_folder(tmp_path / "noise", weights="random"), checkout)
     assert "cpu-2-cores-pocket-path-before-after.png" not in [path.name for path in report.stale(checkout)]
+    assert not list(pictures.iterdir())
+
+
+def test_without_a_baseline_there_is_no_before_and_after(tmp_path, checkout):
+    part = result()
+    part["rows"] = part["rows"][1:3]
+    report.add(run_folder(tmp_path / "part", part), checkout)
+    (checkout / "README.md").unlink()
+    assert [path.name for path in report.stale(checkout)] == FIGURES[:2]
 
 
 def test_adding_a_folder_without_a_run_is_refused(tmp_path):
@@ -76,43 +181,35 @@ def test_an_unknown_block_is_refused(checkout):
         report.stale(checkout)
 
 
+def test_a_block_that_is_not_closed_is_refused_and_swallows_nothing(checkout):
+    (checkout / "README.md").write_text(README.replace("<!-- /sdopt -->\n\nProse", "\nProse"))
+    with pytest.raises(UserError, match="is not closed"):
+        report.renew(checkout)
+    assert "Prose stays." in (checkout / "README.md").read_text()
+
+
 def test_outside_a_checkout_is_refused(tmp_path):
     with pytest.raises(UserError, match="works in a checkout"):
         report.stale(tmp_path)
 
 
-def test_the_table_says_what_each_row_gained():
-    lines = {line[0]: line for line in report.table(result())}
-    gains = {i: lines[i][5:7] for i in IDS}
-    assert gains["baseline_fp32"] == ["", ""]
-    assert gains["bf16"] == ["2.00x", "2.00x"]
-    assert gains["cfg_cutoff"] == ["5.00x", "1.25x"]
-    assert lines["bf16"][7:] == ["8/10", "3/5", "31.5 dB", "31.5 dB"]
+def test_what_is_recorded_is_found_by_machine_and_study(checkout):
+    assert report.recorded("cpu-2-cores", "pocket-path", checkout) == result()
+    assert report.recorded("cpu-2-cores", "sdxl-path", checkout) is None
 
 
-def test_a_failed_row_is_told_and_not_compared_with():
-    failed = result()
-    failed["rows"][1] = {"id": "bf16", "label": "bf16", "settings": {}, "status": "failed: out of memory"}
-    lines = {line[0]: line for line in report.table(failed)}
-    assert lines["bf16"][1] == "failed: out of memory"
-    assert lines["sdpa"][5:7] == ["2.04x", ""]
-    assert "bf16" in report.text(failed)
+STUDY = SimpleNamespace(name="sdxl-path", kind="path")
+ROWS = [SimpleNamespace(id="bf16", label="half precision"), SimpleNamespace(id="sdpa", label="attention")]
 
 
-def test_without_a_baseline_nothing_is_compared_with_it_and_noise_has_no_quality():
-    part = result(weights="random")
-    part["rows"] = [row | {"quality": None} for row in part["rows"][1:3]]
-    header, *lines = report.table(part)
-    assert header[-2:] == ["peak memory", "before /"]
-    assert [line[-1] for line in lines] == ["", "1.02x"]
+def test_a_plan_has_a_line_a_row_and_the_sum():
+    lines = report.plan(STUDY, ROWS, {"bf16": 65.4, "sdpa": 30.0}, "some-gpu").splitlines()
+    assert lines[2:4] == ["bf16  half precision  1 min 05 s", "sdpa  attention             30 s"]
+    assert lines[-1] == "2 rows: about 1 min 35 s"
 
 
-def test_remarks_name_the_kind_of_compilation_the_layout_and_what_did_not_help():
-    told = result()
-    told["rows"][3] |= {"apart": {"channels_last": {"latency_s": {"median": 1.9}}}}
-    told["rows"][5]["note"] = "slower than the step before (0.67x): because"
-    assert report.remarks(told) == [
-        "compile and after: regional compilation, the UNet's attention blocks alone",
-        "compile: the channels_last layout alone, uncompiled, takes 1.90 s",
-        "int8: slower than the step before (0.67x): because",
-    ]
+def test_a_plan_says_what_it_does_not_know():
+    plan = report.plan(STUDY, ROWS, {"sdpa": 30.0}, "some-gpu")
+    assert "half precision  no estimate" in plan
+    assert plan.endswith("about 30 s, and 1 more without an estimate")
+    assert "nothing of sdxl-path is recorded on some-gpu" in report.plan(STUDY, ROWS, {}, "some-gpu")

@@ -1,0 +1,273 @@
+"""The tables people read, as text cells, for a terminal and for a page: path and peer studies, others' figures."""
+
+import re
+
+from sdopt import figures, results
+from sdopt.bench.notes import SUBJECTS
+from sdopt.path import NUMBERS
+
+COMPILED = {
+    "whole": "UNet and VAE decoder compiled whole, one graph each",
+    "regional": "regional compilation, the UNet's attention blocks alone",
+}
+HEADER = (
+    *("step", "median", "p20 to p80", "first call", "warm", "peak memory", "baseline /", "before /"),
+    *("objects", "relations", "PSNR to baseline", "to before"),
+)
+AGAINST = ("eager_bf16", "compile_max_autotune")  # the peers that all others are compared with
+PEERS_HEADER = (
+    *("peer", "what", "median", "p20 to p80", "first call", "warm", "peak memory"),
+    *(*(f"{peer} /" for peer in AGAINST), "UNet, a call", "VAE", "attention"),
+)
+FAILED = "failed: "
+
+
+def table(result):
+    """A study as text cells, the first line its header: times, memory, speed-ups, and of a path's pictures the quality.
+
+    A row that failed has its reason in place of its numbers. A column that no row fills (what random weights draw is
+    not judged) is left out.
+    """
+    header, lines = (PEERS_HEADER, _peers(result)) if _is_peers(result) else (HEADER, _path(result))
+    lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
+    filled = [k for k in range(len(header)) if k == 0 or any(line[k] for line in lines[1:])]
+    return [[line[k] for k in filled] for line in lines]
+
+
+def _is_peers(result):
+    return result["study"].endswith("-peers")
+
+
+def _measured(result):
+    return [row for row in result["rows"] if row["status"] == "ok"]
+
+
+def _path(result):
+    lines, before = [], None
+    base = figures.baseline(result["rows"])
+    for row in result["rows"]:
+        measured = row["status"] == "ok"
+        if row["id"] not in NUMBERS:  # beside the path: there is no step before it
+            before = None
+        lines.append([row["id"], *(_path_cells(row, base, before) if measured else [row["status"]])])
+        before = row if measured else None
+    return lines
+
+
+def _path_cells(row, base, before):
+    quality = row["quality"] or {}
+    return [
+        *_times(row),
+        _gain(row, base),
+        _gain(row, before),
+        *(figures.count(quality[fact]) if quality.get(fact, {}).get("n") else "" for fact in ("objects", "relations")),
+        *(figures.decibels(quality[d]) if quality.get(d) else "" for d in ("against_baseline", "against_previous")),
+    ]
+
+
+def _peers(result):
+    others = {row["id"]: row for row in _measured(result)}
+    return [
+        [row["id"], row["label"], *(_peer_cells(row, others) if row["status"] == "ok" else [row["status"]])]
+        for row in result["rows"]
+    ]
+
+
+def _peer_cells(row, others):
+    stages = row["stages_ms"]
+    return [
+        *_times(row),
+        *(_gain(row, others.get(peer)) for peer in AGAINST),
+        f"{stages['unet'] / stages['unet_calls']:.1f} ms" if stages["unet_calls"] else "",
+        f"{stages['vae']:.1f} ms",
+        " and ".join(row.get("as_run", {}).get("attention", ())),
+    ]
+
+
+def _times(row):
+    """Median, spread, first call, the same with what was compiled on disk, peak memory."""
+    latency, calls = row["latency_s"], row.get("first_calls")
+    first, warm = (calls["cold_s"], calls["warm_s"]) if calls else (row["first_call_s"], None)
+    return [
+        figures.seconds(latency["median"]),
+        f"{figures.seconds(latency['p20'])[:-2]} to {figures.seconds(latency['p80'])[:-2]}",
+        figures.seconds(first) if first else "",
+        figures.seconds(warm) if warm else "",
+        f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    ]
+
+
+def _gain(row, other):
+    return f"{results.compare(row, other, about=SUBJECTS)['speedup']:.2f}x" if other and other is not row else ""
+
+
+def remarks(result):
+    """What the table cannot say: how rows were compiled, attended and clocked, and the steps that did not help."""
+    rows, said = _measured(result), []
+    if _is_peers(result):
+        runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
+        said.append(f"the peers took turns, a picture each, in another order in each of {runs} rounds")
+    for row in rows:
+        if row["id"] == "compile":
+            said.append(f"compile and after: {COMPILED[row['as_run']['compiled']]}")
+        apart = row.get("apart", {}).get("channels_last", {})
+        if "latency_s" in apart:
+            median = figures.seconds(apart["latency_s"]["median"])
+            said.append(f"compile: the channels_last layout alone, uncompiled, takes {median}")
+        if row.get("note"):
+            said.append(f"{row['id']}: {row['note']}")
+    beside = [] if _is_peers(result) else [row for row in rows if row["id"] not in NUMBERS]
+    if beside:
+        named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
+        said.append(f"beside the nine steps, compared with the baseline alone: {named}")
+    return [*said, *_first_calls(rows), *([] if _is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
+
+
+def _first_calls(rows):
+    calls = {row["id"]: row["first_calls"] for row in rows if row.get("first_calls")}
+    if not calls:
+        return []
+    found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
+    some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
+    return [
+        "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
+        f"another process, which finds it there{some}"
+    ]
+
+
+def _attention(rows):
+    attended = {
+        row["id"]: " and ".join(row["as_run"]["attention"]) for row in rows if "attention" in row.get("as_run", ())
+    }
+    groups = {kind: [i for i in attended if attended[i] == kind] for kind in attended.values()}
+    told = [f"{kind} in {_run_on(ids, list(attended))}" for kind, ids in groups.items()]
+    return [f"attention in the UNet, by the kernels a profile found: {'; '.join(told)}"] if told else []
+
+
+def _run_on(ids, order):
+    """The `ids` as words, three or more that follow one another in `order` as "first to last"."""
+    runs = []
+    for i in ids:
+        if runs and order.index(i) == order.index(runs[-1][-1]) + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def _vae(rows):
+    told = []
+    for row in rows:
+        unet, vae = (row.get("as_run", {}).get(key) for key in ("unet_dtype", "vae_dtype"))
+        if vae and vae != unet:
+            told.append(f"{row['id']}: the VAE runs in {vae}, the UNet in {unet}")
+    return told
+
+
+def _gpu(result):
+    alone = result.get("gpu_while_timed")
+    seen = [alone] if alone else [row["gpu"] for row in _measured(result) if row.get("gpu")]
+    state, told = result.get("gpu_state") or {}, []
+    for key, name, unit, most in (
+        ("sm_clock_mhz", "SM clock", "MHz", "sm_clock_max_mhz"),
+        ("power_w", "power", "W", "power_limit_w"),
+    ):
+        medians = [one[key]["median"] for one in seen if key in one]
+        if medians:
+            ends = dict.fromkeys(f"{end:,.0f}" for end in (min(medians), max(medians)))
+            limit = f" (of at most {state[most]:,.0f})" if state.get(most) else ""
+            told.append(f"{name} {' to '.join(ends)} {unit}{limit}")
+    return [f"the GPU while {'all' if alone else 'each row'} was timed, medians: {', '.join(told)}"] if told else []
+
+
+def text(result):
+    """A study's table and its remarks for a terminal."""
+    cells = table(result)
+    widths = [max(len(line[k]) for line in cells if not line[k].startswith(FAILED)) for k in range(len(cells[0]))]
+    lines = [_line(line, widths, _words(cells[0])) for line in cells]
+    return "\n".join([figures.described(result), "", *lines, "", *remarks(result)]).rstrip()
+
+
+def _words(header):
+    """How many columns, from the left, hold words and not numbers."""
+    return 2 if "what" in header else 1
+
+
+def _line(cells, widths, words):
+    """Cells in their columns, the reason of a failure as long as it is: nothing follows it."""
+    placed = [
+        cell if cell.startswith(FAILED) else f"{cell:<{width}}" if k < words else f"{cell:>{width}}"
+        for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(placed).rstrip()
+
+
+def markdown(result):
+    """A study's table and its remarks for a page, with what was measured where."""
+    cells = table(result)
+    grid = _grid(*cells, words=_words(cells[0]))
+    said = "\n".join(f"- {remark}" for remark in remarks(result))
+    return f"{_first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
+
+
+def _grid(header, *lines, words):
+    lines = [header, ["---" if k < words else "---:" for k in range(len(header))], *lines]
+    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+
+
+def _escaped(cell):
+    return cell.replace("|", "\\|")  # in the reason of a failure, say
+
+
+def _versions(result):
+    names = ("torch", "diffusers", "transformers", "torchao")
+    return ", ".join(f"{name} {result['environment'][name]}" for name in names)
+
+
+def _first_upper(words):
+    return words[0].upper() + words[1:]
+
+
+def headline(result):
+    """One sentence on a path study: its two ends, and the recommended path where it was measured."""
+    first, last = figures.ends_of(result)
+    said = (
+        f"The same prompt and the same noise, by the baseline in {figures.seconds(first['latency_s']['median'])} and "
+        f"at the end of the path in {figures.seconds(last['latency_s']['median'])}: {_times_faster(last, first)} on "
+        f"{result['environment']['gpu'] or result['environment']['cpu']}."
+    )
+    for row in _measured(result):
+        if row["id"] == "recommended":
+            median = figures.seconds(row["latency_s"]["median"])
+            said += f" {_first_upper(row['label'])} takes {median}: {_times_faster(row, first)} than the baseline."
+    if result["settings"]["weights"] == "random":
+        said += (
+            f" The weights are random: the times are those of {result['settings']['model']}, the pictures are noise."
+        )
+    return said
+
+
+def _times_faster(row, other):
+    return f"{results.compare(row, other, about=SUBJECTS)['speedup']:.1f} times faster"
+
+
+def published(content):
+    """Others' published figures as a table for a page: what, on which hardware, the figures and where they stand."""
+    lines = [
+        (row["what"], row["hardware"] or "", _figures(row["figures"]), _link(row["source"])) for row in content["rows"]
+    ]
+    return _grid(("what", "hardware", "figures", "source"), *lines, words=4)
+
+
+def _figures(values):
+    """Figures as words, the unit once after the last of those that share it: "eager 54.5, compiled 66.0 it/s"."""
+    told = ""
+    for value, after in zip(values, [*values[1:], {"unit": None}], strict=True):
+        ends = value["unit"] != after["unit"]
+        told += f"{value['name']} {value['value']}" + (f" {value['unit']}; " if ends else ", ")
+    return told.removesuffix("; ")
+
+
+def _link(source):
+    address = re.match(r"https://(?:github\.com/)?(.+)", source)
+    return f"[{address[1]}]({source})" if address else source
