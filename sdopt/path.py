@@ -24,6 +24,7 @@ class Options:
     dtype: torch.dtype | None = None  # bf16: None picks bfloat16, or float16 where the GPU lacks it
     attention: str | None = None  # sdpa: the backend, None leaves PyTorch its choice
     compiler: dict = field(default_factory=dict)  # compile: keywords of compilation.compile_pipeline
+    int8_anyway: bool = False  # int8: on a GPU, too, where no layer gains from it
     tiny_vae: str | None = None  # tiny_vae: a folder, a hub name or "random", None finds it
     steps: int = 20  # dpm_20: the steps of the row before, never exceeded by its 20
     cutoff: float = 0.4  # cfg_cutoff: the share of the steps that are guided
@@ -58,7 +59,7 @@ STEPS = (  # in the order they are taught
     Step("sdpa", "scaled dot-product attention", "03_sdpa", lambda pipe, o: sdpa(pipe, o.attention)),
     Step("compile", "torch.compile", "04_compile", _compile),
     Step("fused_qkv", "fused projections", "05_fused_qkv", lambda pipe, o: fuse_qkv(pipe)),
-    Step("int8", "dynamic int8", "06_int8", lambda pipe, o: int8(pipe)),
+    Step("int8", "dynamic int8", "06_int8", lambda pipe, o: int8(pipe, o.int8_anyway)),
     Step("tiny_vae", "tiny VAE", "07_tiny_vae", lambda pipe, o: tiny_vae(pipe, o.tiny_vae)),
     Step("dpm_20", "DPM++ 2M, 20 steps", "08_dpm_20", lambda pipe, o: use_scheduler(pipe, "dpm"), _twenty),
     Step("cfg_cutoff", "guidance cut off", "09_cfg_cutoff", call_kwargs=lambda pipe, o: cutoff(pipe, o.cutoff)),

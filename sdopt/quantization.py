@@ -89,19 +89,39 @@ SDXL = ALWAYS + (
 )
 
 
-def rules(pipe) -> tuple[Rule, ...]:
-    """The rules for this pipeline: SDXL where the UNet is Stable Diffusion XL's, GENERAL for any other."""
+# For GPUs of compute capability 9.0 (H100, H200): figures/data/nvidia-h200/kernels.json has no layer of pocket's or SDXL's
+# sizes that gains, since products in 16 bits are as fast there as products of whole numbers.
+HOPPER = Rule(
+    "this GPU",
+    "its 16-bit products are as fast as its int8 products, so that no size pays back the rounding",
+    lambda name, parent, inputs, outputs: True,
+)
+
+
+def rules(pipe, anyway: bool = False) -> tuple[Rule, ...]:
+    """The rules for this pipeline: SDXL where the UNet is Stable Diffusion XL's, GENERAL for any other.
+
+    HOPPER goes with them where the pipeline is on such a GPU, unless int8 is wanted `anyway`: to measure it, or for
+    the memory it saves.
+    """
     config = pipe.unet.config
     sdxl = list(config.block_out_channels) == [320, 640, 1280] and config.cross_attention_dim == 2048
-    return SDXL if sdxl else GENERAL
+    chosen = SDXL if sdxl else GENERAL
+    return chosen if anyway or not gains_nowhere(pipe.unet.device) else (*chosen, HOPPER)
 
 
-def explain(pipe) -> list[Layer]:
+def gains_nowhere(device) -> bool:
+    """Whether no layer gains from int8 on `device`: a GPU of compute capability 9.0. Introduced in notebooks/06_int8."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def explain(pipe, anyway: bool = False) -> list[Layer]:
     """Every linear layer and 1x1 convolution of UNet and VAE decoder, with the rule that spares it from int8, if any.
 
-    The same before and after `int8`. Introduced in notebooks/06_int8.
+    `anyway` as in `int8`. The same before and after it. Introduced in notebooks/06_int8.
     """
-    chosen = rules(pipe)
+    chosen = rules(pipe, anyway)
     layers = []
     for model, root in _models(pipe).items():
         for path, module in root.named_modules():
@@ -116,19 +136,19 @@ def explain(pipe) -> list[Layer]:
     return layers
 
 
-def int8(pipe):
+def int8(pipe, anyway: bool = False):
     """Step 6: int8 weights, and inputs rounded to int8 as they come, in the layers `explain` marks; returns `pipe`.
 
     Weights: one scale an output channel. Inputs: one scale a row, found anew at every call ("dynamic"). 1x1
     convolutions among the layers become linear layers first. Eager it is slower: rounding must be fused to pay, so
-    compile next.
+    compile next. Where no layer gains (see `gains_nowhere`) it changes nothing, unless told to `anyway`.
     Raises UserError when the pipeline is compiled already.
     Source: diffusers' "Accelerate inference" tutorial; https://github.com/pytorch/ao. Introduced in notebooks/06_int8.
     """
     if any(part._compiled_call_impl is not None for model in _models(pipe).values() for part in model.modules()):
         raise UserError("a compiled pipeline cannot be quantised: load it again and apply int8 before compile")
     quantization = _torchao()
-    layers = explain(pipe)
+    layers = explain(pipe, anyway)
     for model, root in _models(pipe).items():
         chosen = {layer.name for layer in layers if layer.model == model and layer.quantised}
         quantization.swap_conv2d_1x1_to_linear(root, lambda part, name: isinstance(part, nn.Conv2d) and name in chosen)
@@ -142,6 +162,12 @@ def int8(pipe):
             ),
         )
     return pipe
+
+
+def int8_layers(pipe) -> int:
+    """How many layers of UNet and VAE decoder are in int8."""
+    parts = (part for model in _models(pipe).values() for part in model.modules() if isinstance(part, nn.Linear))
+    return sum(type(part.weight).__name__ == "Int8Tensor" for part in parts)
 
 
 # Linear layers, inputs by outputs, that diffusers' tutorial found on an A100 not to gain from int8.

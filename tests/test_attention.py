@@ -1,11 +1,27 @@
+import ctypes
+import importlib.util
+import re
+import types
+
 import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from tiny import draw
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from sdopt.attention import fuse_qkv, is_fused, plain_attention, sdpa, xformers_attention
+from sdopt.attention import (
+    FUSED,
+    attended_by,
+    fuse_qkv,
+    is_fused,
+    plain_attention,
+    sdpa,
+    xformers_attention,
+    xformers_state,
+)
 from sdopt.autoencoders import tiny_vae
 from sdopt.errors import UserError
 from sdopt.quantization import int8
@@ -121,3 +137,50 @@ def test_an_adapter_is_not_lost(sdxl, step):
     sdxl.unet.set_attn_processor(IPAdapterAttnProcessor2_0(64, 64))
     with pytest.raises(UserError, match="unload the adapter first"):
         step(sdxl)
+
+
+def test_who_attended_is_told_by_what_ran(sdxl):
+    call = lambda: draw(sdxl)
+    sdpa(sdxl)
+    assert attended_by(call) == ["flash"], "a CPU's own kernel in blocks"
+    q = torch.randn(1, 2, 64, 16)
+    assert attended_by(lambda: (q @ q.mT).softmax(-1) @ q) == ["math"]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert attended_by(lambda: scaled_dot_product_attention(q, q, q)) == ["math"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "backend"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64", "cudnn"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>", "flash"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::Collective>>>", "flash"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "efficient"),
+        ("void at::native::(anonymous namespace)::softmax_warp_forward<float>", None),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(kernel, backend):
+    assert [name for name, pattern in FUSED.items() if re.search(pattern, kernel)] == ([backend] if backend else [])
+
+
+def test_the_state_of_xformers_names_its_mend(monkeypatch, tmp_path):
+    package = tmp_path / "xformers"
+    package.mkdir()
+    found = types.SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert xformers_state() == "it is not installed: pip install xformers"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert xformers_state() == "its kernels are for CUDA devices"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "built without kernels" in xformers_state()
+    (package / "_C.so").write_bytes(b"no library")
+    assert xformers_state().startswith("its kernels cannot be loaded, ")
+
+    def refuse(path):
+        raise OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "need libcudart.so.12: pip install nvidia-cuda-runtime-cu12, and put" in xformers_state()
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: None)
+    assert xformers_state() is None

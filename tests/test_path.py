@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import draw, unet_batches
 
-from sdopt import path
+from sdopt import path, results
 from sdopt.attention import is_fused
 from sdopt.compilation import compiled_kind
 from sdopt.errors import UserError
@@ -81,3 +83,32 @@ def test_bad_input_is_refused_before_anything_changes(pocket):
         with pytest.raises(UserError, match=words):
             prepare(pocket, ids, **options)
     assert pocket.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("gpu", "left_out"),
+    [("NVIDIA H200", {"int8"}), ("NVIDIA H100 80GB HBM3", {"int8"}), ("NVIDIA A100-SXM4-40GB", set())],
+)
+def test_what_brings_nothing_on_a_gpu_is_not_recommended_there(gpu, left_out):
+    assert path.recommended(gpu) == tuple(i for i in TAUGHT if i not in left_out)
+
+
+def test_recommended_for_a_cpu_is_what_the_recorded_path_bears_out():
+    """What is left out did not help clearly in the recorded walk, and nothing that clearly hurt was kept."""
+    recorded = Path(path.__file__).parents[1] / "figures" / "data" / "cpu-2-cores" / "pocket-path.json"
+    rows = {row["id"]: row for row in results.read(recorded)["rows"]}
+    about = ("steps", "scheduler", "cutoff", "guidance_scale")
+    for before, i in zip(TAUGHT, TAUGHT[1:]):
+        gain = results.compare(rows[i], rows[before], about)
+        helps = gain["clear"] and gain["speedup"] > 1
+        hurts = gain["clear"] and gain["speedup"] < 1
+        assert not (helps if i not in path.recommended("cpu") else hurts), i
+
+
+def test_int8_is_told_when_it_is_wanted_anyway(sdxl, monkeypatch):
+    told = []
+    monkeypatch.setattr(path, "int8", lambda pipe, anyway: told.append(anyway))
+    prepare(sdxl, ["int8"])
+    sdxl._sdopt_steps = ()
+    prepare(sdxl, ["int8"], int8_anyway=True)
+    assert told == [False, True]

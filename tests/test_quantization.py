@@ -13,7 +13,18 @@ from sdopt.attention import fuse_qkv
 from sdopt.compilation import compile_pipeline
 from sdopt.errors import UserError
 from sdopt.models import CONFIGS
-from sdopt.quantization import GENERAL, SDXL, explain, int8, rules
+from sdopt.quantization import (
+    GENERAL,
+    HOPPER,
+    SDXL,
+    TUTORIAL_SPARES,
+    explain,
+    gains_nowhere,
+    int8,
+    int8_layers,
+    rules,
+    tutorial_int8,
+)
 
 # diffusers' "Accelerate inference" tutorial, dynamic_quant_filter_fn: (inputs, outputs) left in bfloat16
 TUTORIAL = {
@@ -111,3 +122,41 @@ def test_a_compiled_pipeline_is_refused(pocket):
     compile_pipeline(pocket, backend="aot_eager")
     with pytest.raises(UserError, match="int8 before compile"):
         int8(pocket)
+
+
+def test_on_a_hopper_gpu_int8_changes_nothing_unless_wanted_anyway(monkeypatch, full_sdxl):
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    config, gpu = full_sdxl.unet.config, torch.device("cuda:0")
+    pipe = SimpleNamespace(unet=SimpleNamespace(config=config, device=gpu))
+    assert gains_nowhere("cuda") and rules(pipe) == (*SDXL, HOPPER) and rules(pipe, anyway=True) == SDXL
+    assert all(rule.covers("ff.net.2", None, 5120, 1280) is (rule is HOPPER) for rule in rules(pipe))
+    capability[0] = (8, 0)
+    assert not gains_nowhere("cuda") and rules(pipe) == SDXL
+    assert not gains_nowhere("cpu")
+
+
+def test_where_no_layer_gains_none_is_touched(pocket, monkeypatch):
+    monkeypatch.setattr("sdopt.quantization.gains_nowhere", lambda device: True)
+    before = draw(pocket)
+    np.testing.assert_array_equal(draw(int8(pocket)), before)
+    assert int8_layers(pocket) == 0 and {layer.rule.name for layer in explain(pocket)} >= {"this GPU"}
+    taken = sum(layer.quantised for layer in explain(pocket, anyway=True))
+    assert int8_layers(int8(pocket, anyway=True)) == taken > 0
+
+
+def test_the_tutorials_int8_takes_what_its_filter_takes(pipe):
+    assert TUTORIAL_SPARES == TUTORIAL
+    before = draw(pipe, **native(pipe))
+    fuse_qkv(pipe)
+    tutorial_int8(pipe)
+    linear = {name: part for name, part in pipe.unet.named_modules() if isinstance(part, torch.nn.Linear)}
+    rounded = {name for name, part in linear.items() if type(part.weight.data) is not torch.Tensor}
+    assert rounded and all(linear[name].in_features > 16 for name in rounded)
+    few = {name for name in linear if "time_emb" in name or "add_embedding" in name}
+    listed = {name for name, part in linear.items() if (part.in_features, part.out_features) in TUTORIAL}
+    assert not rounded & (few | listed) and rounded | few | listed == set(linear)
+    ones = [m for m in pipe.unet.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert not any(128 in conv.weight.shape[:2] for conv in ones), "they are linear layers now"
+    assert any("conv_shortcut" in name for name in linear)
+    assert 30 < psnr(draw(pipe, **native(pipe)), before) < 80

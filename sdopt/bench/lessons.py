@@ -37,9 +37,10 @@ ATTENTION = {
     "sd15": (2, 8, 4096, 40),
     "sdxl": (2, 10, 4096, 64),
 }  # batch, heads, tokens, width
-LINEARS = (  # rows, inputs, outputs: pocket's widest, then SDXL's
+LINEARS = (  # rows, inputs, outputs: pocket's widest, then SDXL's, then Stable Diffusion 1.5's
     *((512, 128, 1024), (8192, 640, 640), (8192, 640, 5120), (8192, 2560, 640)),
     *((2048, 1280, 1280), (2048, 1280, 10240), (2048, 5120, 1280)),
+    *((8192, 320, 2560), (2048, 640, 5120), (512, 1280, 10240), (512, 5120, 1280)),
 )
 PROJECTIONS = ((512, 128), (8192, 640), (2048, 1280))  # rows, width: pocket's and SDXL's self-attention
 

@@ -2,7 +2,8 @@
 
 from sdopt.results import compare
 
-SUBJECTS = ("steps", "scheduler", "cutoff", "guidance_scale", "tf32")  # the settings that steps of the path are about
+# the settings that rows of a path are about
+SUBJECTS = ("steps", "scheduler", "cutoff", "guidance_scale", "tf32", "int8_anyway")
 
 REASONS = {
     "bf16": {
@@ -51,6 +52,8 @@ def note(row, before, settings, device):
 
 
 def _reason(row, before, settings, device):
+    if row["id"] == "int8" and row.get("as_run", {}).get("int8_layers") == 0:
+        return "since none of its layers would gain on this GPU, and none was rounded"
     spread = max(r["latency_s"]["p80"] / r["latency_s"]["p20"] for r in (row, before))
     if spread > WIDE:
         return f"but p80 is {spread:.2f} times p20: measure again with nothing else running"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from sdopt import attention, compilation, drawing, models, path, results, schedulers, timing
+from sdopt import attention, compilation, drawing, models, path, quantization, results, schedulers, timing
 from sdopt.bench import sensors
 from sdopt.bench.process import RowFailed, summary
 from sdopt.errors import UserError
@@ -56,8 +56,8 @@ class Job:
         return self.cache / f"{self.model}-{self.recipe.id}.bin" if self.cache and self.recipe.compiles else None
 
 
-def prepare(job):
-    """The pipeline of `job`, ready to draw, and its call's keywords."""
+def prepare(job, tell):
+    """The pipeline of `job`, ready to draw, and its call's keywords; the first it tells is that the model has loaded."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if job.cache:
@@ -66,6 +66,7 @@ def prepare(job):
         torch.compiler.load_cache_artifacts(job.artifacts.read_bytes())
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
+    tell("preparing")
     try:
         pipe, call_kwargs = path.prepare(pipe, job.recipe.steps, **job.recipe.options)
         if job.recipe.apply:
@@ -77,8 +78,7 @@ def prepare(job):
 
 def first_call(state, tell, job):
     """Load, prepare, draw once: {"first_call_s", "graphs": {"found", "compiled"}}; `state` keeps what can draw."""
-    tell("loading")
-    pipe, call_kwargs = prepare(job)
+    pipe, call_kwargs = prepare(job, tell)
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(f"first call{', which compiles' * drawing.is_compiled(pipe)}")
     seconds = timing.seconds_of(state["draw"], job.device)
@@ -116,8 +116,7 @@ def finish(state, tell, job):
 
 def measure(state, tell, job):
     """Measure `job`, telling its phases; returns the row's numbers and its images (uint8 arrays, one list a run)."""
-    tell("loading")
-    pipe, call_kwargs = prepare(job)
+    pipe, call_kwargs = prepare(job, tell)
     compiles = ", which compiles" * drawing.is_compiled(pipe)
     seen = {}
     numbers, pictures = drawing.measure(
@@ -158,6 +157,7 @@ def as_run(pipe):
         "threads": torch.get_num_threads(),
         "omp_spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "compiled": compilation.compiled_kind(pipe),
+        "int8_layers": quantization.int8_layers(pipe),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sdopt import models, path, results
+from sdopt import models, path, quantization, results
 from sdopt.bench import recipes
 from sdopt.bench.row import Recipe
 from sdopt.errors import UserError
@@ -82,10 +82,17 @@ def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
     if study.kind == "peers":
         return list(PEERS)
-    kept = path.recommended(device)
-    without = " and ".join(i for i in NINE if i not in kept) or "nothing"
-    options = {"cutoff": 0.4, "steps": steps}
-    return [*nine(steps), *BASELINES, Recipe("recommended", f"the path without {without}", kept, options)]
+    options, kept = {"cutoff": 0.4, "steps": steps}, path.recommended(device)
+    without = [i for i in NINE if i not in kept]
+    rows = [*nine(steps), *BASELINES]
+    if without:
+        rows.append(Recipe("recommended", f"the path without {' and '.join(without)}", kept, options))
+    if quantization.gains_nowhere(device):
+        anyway = {"int8_anyway": True}
+        rows.append(
+            Recipe("int8_anyway", "the whole path, in int8 though none gains", NINE, options | anyway, settings=anyway)
+        )
+    return rows
 
 
 def chosen(rows, only):

@@ -1,0 +1,148 @@
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+from made_up import row as made_up_row
+
+from sdopt import results
+from sdopt.bench import peers, process, studies, walk
+from sdopt.bench.ledger import NOT_TIMED, Ledger
+from sdopt.bench.row import Recipe
+from sdopt.errors import UserError
+
+CPU = process.context("cpu")
+ROWS = [Recipe(i, i, (i,)) for i in ("baseline_fp32", "bf16", "sdpa")] + [Recipe("compile", "compile", ("compile",))]
+ORDER = [row.id for row in ROWS]
+SHARED = studies.settings("pocket", runs=2, height=64, width=64)
+NUMBERS = ("latency_s", "first_call_s", "peak_memory_bytes", "stages_ms", "as_run")
+DRAWN_WITH = {"steps": 30, "guidance_scale": 3.0, "scheduler": "euler"}
+
+
+def noted(out, what):
+    with open(out / "log.txt", "a") as log:
+        log.write(what + "\n")
+
+
+def first_call(state, tell, job):
+    noted(job.cache.parent, f"cold {job.recipe.id}")
+    state["id"] = job.recipe.id
+    return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}}
+
+
+def measure(state, tell, job):
+    noted(job.cache.parent, f"measured {job.recipe.id}")
+    made = made_up_row(job.recipe.id, 1.0)
+    images = [np.full((1, 64, 64, 3), 10 * len(job.recipe.id), np.uint8)] * 2
+    return {key: made[key] for key in NUMBERS} | {"first_call_s": 20.0, "drawn_with": dict(DRAWN_WITH)}, images
+
+
+def settle(state, tell):
+    pass
+
+
+def draw_timed(state, tell, run):
+    if state["id"] == "sdpa" and run == 3:
+        raise MemoryError("CUDA out of memory")
+    return 1.0 + run / 10 + len(state["id"]) / 100
+
+
+def finish(state, tell, job):
+    made = made_up_row(job.recipe.id, 1.0)
+    return {key: made[key] for key in ("peak_memory_bytes", "stages_ms", "as_run")} | {"drawn_with": dict(DRAWN_WITH)}
+
+
+def study(out, kind, runs=2, shared=SHARED):
+    """A study over made-up measurements, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in (
+            (walk, ("first_call", "measure")),
+            (peers, ("first_call", "settle", "draw_timed", "finish")),
+        ):
+            for name in names:
+                patch.setattr(module, name, globals()[name])
+        patch.setattr("sdopt.results._commit", lambda: None)
+        if kind == "path":
+            layout = lambda fresh, job, limit_s: {"status": "failed: not asked"}
+            patch.setattr(walk, "_channels_last", layout)
+            return walk.walk(shared, ROWS, "cpu", out, order=ORDER, resume=True)
+        return peers.take_turns(shared | {"runs": runs}, ROWS, "cpu", out, order=ORDER)
+
+
+def study_until_killed(state, tell, out, kind, writes, runs):
+    """The same, killed as it is about to write its file for the `writes`-th time."""
+    write, count = results.write, []
+
+    def write_or_die(path, result):
+        count.append(path)
+        if len(count) == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            multiprocessing.process.current_process()._config, "daemon", False
+        )  # so that it may have children
+        patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
+        return study(out, kind, runs)
+
+
+def killed(out, kind, writes, runs=2):
+    with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
+        worker.call(study_until_killed, out, kind, writes, runs)
+
+
+def test_a_path_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_path):
+    for writes in (1, 2, 2, 1, 2):
+        killed(tmp_path, "path", writes)
+    result = study(tmp_path, "path")
+    assert [row["id"] for row in result["rows"]] == ORDER and {row["status"] for row in result["rows"]} == {"ok"}
+    assert results.read(tmp_path / "pocket-path.json") == result
+    log = (tmp_path / "log.txt").read_text().split("\n")
+    # one write a row but compile's two; a kill before the write costs what that row had measured, and nothing else
+    assert [log.count(f"measured {i}") for i in ORDER] == [2, 2, 3, 1]
+    assert log.count("cold compile") == 2
+    compiled = result["rows"][3]
+    assert compiled["first_calls"] == {"cold_s": 90.0, "compiled": 2, "found": 0, "warm_s": 20.0}
+    assert compiled["first_call_s"] == 90.0 and "first_calls" not in result["rows"][0]
+    again = study(tmp_path, "path")
+    assert again == result and (tmp_path / "log.txt").read_text().split("\n") == log, "nothing is left to do"
+
+
+def test_a_path_that_went_on_still_compares_with_what_was_drawn_before(tmp_path):
+    killed(tmp_path, "path", 3)
+    quality = {row["id"]: row["quality"] for row in study(tmp_path, "path")["rows"]}
+    assert quality["sdpa"]["against_baseline"]["max_abs"] == 10 * (len("baseline_fp32") - len("sdpa"))
+    assert quality["sdpa"]["against_previous"]["exact"], "bf16's pictures were made the same"
+
+
+def test_rows_measured_otherwise_are_not_mixed(tmp_path):
+    killed(tmp_path, "path", 2)
+    with pytest.raises(UserError, match="measured with another height: give another folder"):
+        study(tmp_path, "path", shared=SHARED | {"height": 128})
+
+
+def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
+    for writes in (3, 9, 7):
+        killed(tmp_path, "peers", writes, runs=6)
+    rows = {row["id"]: row for row in study(tmp_path, "peers", runs=6)["rows"]}
+    assert rows["sdpa"]["status"] == "failed: MemoryError: CUDA out of memory"
+    done = [rows[i] for i in ("baseline_fp32", "bf16", "compile")]
+    assert {row["status"] for row in done} == {"ok"}
+    for row in done:
+        runs = row["latency_s"]["runs"]
+        assert runs == pytest.approx([1.0 + run / 10 + len(row["id"]) / 100 for run in range(6)]), "each run once"
+        assert row["latency_s"]["median"] == pytest.approx(np.median(runs))
+    assert rows["compile"]["first_calls"] == {"cold_s": 90.0, "compiled": 2, "found": 0, "warm_s": 90.0}
+
+
+def test_a_row_that_was_begun_is_not_done(tmp_path):
+    head = {"schema": 1, "study": "s", "environment": dict.fromkeys(results.ENVIRONMENT), "settings": SHARED}
+    ledger = Ledger(tmp_path / "s.json", head, ["a", "b", "c"])
+    ledger.put({"id": "c", "status": "failed: too large", "settings": {}})
+    ledger.put({"id": "a", "status": NOT_TIMED, "settings": {}})
+    assert [row["id"] for row in results.read(tmp_path / "s.json")["rows"]] == ["a", "c"], "in the study's order"
+    assert [ledger.is_done(i) for i in "abc"] == [False, False, True]
+    assert Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True).is_done("c")
+    assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"]).is_done("c"), "without resume it begins anew"
