@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdopt import results
 from sdopt.errors import UserError
+from sdopt.models import MODELS
 from sdopt.path import NUMBERS
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by lightness.
@@ -20,7 +21,7 @@ NAMES = {"text_encoder": "text encoder", "unet": "UNet", "scheduler": "scheduler
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, QUIET = "#222222", "#666666"
 SOURCE = "sdopt-source"
-DRAWN = 2  # counts the changes in how figures are drawn: a new number makes all of them stale
+DRAWN = 3  # counts the changes in how figures are drawn: a new number makes all of them stale
 
 
 class Plot(Figure):
@@ -72,9 +73,9 @@ def seconds(value):
 def described(result):
     """One line on what a path result measured and where, naming random weights as such."""
     s, e = result["settings"], result["environment"]
-    where = e["gpu"] or e["cpu"]
+    where, name = e["gpu"] or e["cpu"], MODELS[s["model"]].title
     weights = ", random weights (times are real, pictures are noise)" if s["weights"] == "random" else ""
-    return f"{s['model']}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {s['batch']}, {where}"
+    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {s['batch']}, {where}"
 
 
 def ladder(rows, recorded=()):

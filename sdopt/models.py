@@ -43,6 +43,7 @@ class Model:
     """What every row of a model shares: where its weights are, and the settings of one picture."""
 
     name: str
+    title: str
     weights: str  # where the weights come from when nothing else is said: "shipped" or "hub"
     height: int
     width: int
@@ -64,6 +65,7 @@ MODELS = {
     for model in (
         Model(
             name="pocket",
+            title="pocket",
             weights="shipped",
             height=256,
             width=256,
@@ -75,6 +77,7 @@ MODELS = {
         ),
         Model(
             name="sd15",
+            title="Stable Diffusion 1.5",
             weights="hub",
             height=512,
             width=512,
@@ -88,6 +91,7 @@ MODELS = {
         ),
         Model(
             name="sdxl",
+            title="Stable Diffusion XL",
             weights="hub",
             height=1024,
             width=1024,

@@ -242,7 +242,7 @@ def headline(result):
             said += f" {_first_upper(row['label'])} takes {median}: {_times_faster(row, first)} than the baseline."
     if result["settings"]["weights"] == "random":
         said += (
-            f" The weights are random: the times are those of {result['settings']['model']}, the pictures are noise."
+            " The weights are random: the times are the model's, the pictures are noise."
         )
     return said
 
