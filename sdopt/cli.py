@@ -31,6 +31,7 @@ def parser():
     _common(bench, rows="rows, the compiler's cache")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
     bench.add_argument("--only", metavar="ID,ID", help="measure these rows alone")
+    bench.add_argument("--retry", action="store_true", help="measure rows that failed again, too")
     bench.add_argument("--limit", type=float, default=3600, metavar="S", help="seconds a call may take (default: 3600)")
     bench.add_argument("--dry-run", action="store_true", help="list the rows and how long they may take, and stop")
     bench.set_defaults(call=_bench)
@@ -118,10 +119,10 @@ def _bench(options):
     order = [row.id for row in every]
     if study.kind == "path":
         with _progress(len(rows), "row") as progress:
-            result = walk.walk(shared, rows, device, options.out, progress, order, True, options.limit)
+            result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
     else:
         with _progress(runs, "round") as progress:
-            result = peers.take_turns(shared, rows, device, options.out, progress, order, options.limit)
+            result = peers.take_turns(shared, rows, device, options.out, progress, order, options.retry, options.limit)
     print(report.text(result))
     print(
         f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"

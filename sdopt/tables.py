@@ -241,9 +241,7 @@ def headline(result):
             median = figures.seconds(row["latency_s"]["median"])
             said += f" {_first_upper(row['label'])} takes {median}: {_times_faster(row, first)} than the baseline."
     if result["settings"]["weights"] == "random":
-        said += (
-            " The weights are random: the times are the model's, the pictures are noise."
-        )
+        said += " The weights are random: the times are the model's, the pictures are noise."
     return said
 
 

@@ -184,3 +184,13 @@ def test_the_state_of_xformers_names_its_mend(monkeypatch, tmp_path):
     assert "need libcudart.so.12: pip install nvidia-cuda-runtime-cu12, and put" in xformers_state()
     monkeypatch.setattr(ctypes, "CDLL", lambda path: None)
     assert xformers_state() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "math"])
+def test_a_gpus_profile_names_the_backend_that_was_pinned(pocket, backend):
+    pocket.to("cuda", torch.bfloat16)
+    sdpa(pocket, backend)
+    x, text = (torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16) for shape in ((4, 32, 32), (77, 256)))
+    text = text[..., : pocket.unet.config.cross_attention_dim]
+    assert attended_by(lambda: pocket.unet(x, 5, text)) == [backend]

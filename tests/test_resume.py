@@ -145,4 +145,5 @@ def test_a_row_that_was_begun_is_not_done(tmp_path):
     assert [row["id"] for row in results.read(tmp_path / "s.json")["rows"]] == ["a", "c"], "in the study's order"
     assert [ledger.is_done(i) for i in "abc"] == [False, False, True]
     assert Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True).is_done("c")
+    assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True, retry=True).is_done("c")
     assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"]).is_done("c"), "without resume it begins anew"

@@ -2,6 +2,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from sdopt.bench import sensors
 
@@ -34,3 +35,15 @@ def test_the_state_of_a_gpu_is_read_as_numbers(monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError()))
     assert sensors.state() is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_at_work_tells_its_clock_and_its_power():
+    x, seen = torch.randn(4096, 4096, device="cuda"), {}
+    with sensors.watch("cuda", seen):
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            x @ x
+            torch.cuda.synchronize()
+    assert seen["sm_clock_mhz"]["low"] > 0 and seen["power_w"]["high"] > 50
+    assert sensors.state()["power_limit_w"] >= seen["power_w"]["median"]

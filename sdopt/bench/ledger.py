@@ -12,11 +12,12 @@ class Ledger:
     """The rows of one result file, written whole after every change.
 
     `head` is the result without its rows, `order` the ids of the rows it may hold. With `resume` the rows that are
-    there already stay; UserError when they were measured otherwise (study, settings, machine or versions).
+    there already stay; UserError when they were measured otherwise (study, settings, machine or versions). With `retry`
+    those that failed are not done.
     """
 
-    def __init__(self, path, head, order, resume=False):
-        self.path, self.order = Path(path), list(order)
+    def __init__(self, path, head, order, resume=False, retry=False):
+        self.path, self.order, self.retry = Path(path), list(order), retry
         self.result = head | {"rows": []}
         if resume and self.path.exists():
             found = results.read(self.path)
@@ -29,7 +30,14 @@ class Ledger:
 
     def is_done(self, i):
         """Whether row `i` needs no more work: it was measured, or it failed for a reason of its own."""
-        return self.row(i).get("status", NOT_TIMED) != NOT_TIMED
+        status = self.row(i).get("status", NOT_TIMED)
+        return status == "ok" or (status != NOT_TIMED and not self.retry)
+
+    def begun(self, recipe):
+        """The row of a recipe to be measured, with what an earlier attempt that was stopped knew of it."""
+        row = {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None}
+        old = self.row(recipe.id)
+        return row | (old if old.get("status") == NOT_TIMED else {}) | {"status": NOT_TIMED}
 
     def put(self, *rows, **more):
         """Write `rows`, each in the place of the row of its id, and `more` beside the rows."""

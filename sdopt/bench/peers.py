@@ -6,22 +6,25 @@ from pathlib import Path
 
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
-from sdopt.bench.ledger import NOT_TIMED, Ledger, head
+from sdopt.bench.ledger import Ledger, head
 from sdopt.bench.row import draw_timed, finish, first_call, settle
 from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
 from sdopt.timing import percentile
 
 
-def take_turns(shared, recipes, device, out, progress=lambda done, text: None, order=None, limit_s=LIMIT_S):
+def take_turns(
+    shared, recipes, device, out, progress=lambda done, text: None, order=None, retry=False, limit_s=LIMIT_S
+):
     """Measure the rows `recipes` side by side; returns the result, written to `out` after every round.
 
-    `order`: the ids of all rows the file may hold, None: these. Rounds that `out` has are kept. A row that fails drops out with its reason, the others go on. In round r the rows
+    `order`: the ids of all rows the file may hold, None: these. Rounds that `out` has are kept; with `retry` rows that
+    failed are measured, too. A row that fails drops out with its reason, the others go on. In round r the rows
     draw run r's picture, in an order shuffled by r, so that what changes about the machine meets all alike.
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
     out, judge, study = Path(out), Judge(shared), f"{shared['model']}-peers"
     order = order or [recipe.id for recipe in recipes]
-    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume=True)
+    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, True, retry)
     jobs = {r.id: job_of(r, shared, judge, device, out / "cache") for r in recipes}
     todo = [i for i in jobs if not ledger.is_done(i)]
     workers = {}
@@ -44,11 +47,11 @@ def take_turns(shared, recipes, device, out, progress=lambda done, text: None, o
 def _ready(ledger, job, fresh, workers, tell, limit_s):
     """Load, compile and warm up one peer, in a worker that stays."""
     recipe = job.recipe
-    row = ledger.row(recipe.id) or {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None}
+    row = ledger.begun(recipe)
     try:
         if recipe.compiles and "first_calls" not in row:
             row["first_calls"] = cold(fresh, job, tell, limit_s)
-            ledger.put(row | {"status": NOT_TIMED})
+            ledger.put(row)
         worker = fresh.take()
         try:
             row["first_call_s"] = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)["first_call_s"]
@@ -57,7 +60,7 @@ def _ready(ledger, job, fresh, workers, tell, limit_s):
             worker.stop()
             raise
         workers[recipe.id] = worker
-        ledger.put(row | {"status": NOT_TIMED})
+        ledger.put(row)
     except process.RowFailed as failure:
         ledger.put(row | {"status": f"failed: {failure}"})
 

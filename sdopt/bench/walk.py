@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -9,40 +10,43 @@ from PIL import Image
 from sdopt import compilation, path, results
 from sdopt.bench import notes, process
 from sdopt.bench.judge import Judge
-from sdopt.bench.ledger import NOT_TIMED, Ledger, head
+from sdopt.bench.ledger import Ledger, head
 from sdopt.bench.row import Job, Recipe, first_call, measure
 
 LIMIT_S = 3600.0
 SHARED = ("model", "weights", "height", "width", "steps", "guidance_scale", "scheduler")
 
 
-def walk(shared, recipes, device, out, progress=lambda done, text: None, order=None, resume=False, limit_s=LIMIT_S):
+def walk(
+    shared,
+    recipes,
+    device,
+    out,
+    progress=lambda done, text: None,
+    order=None,
+    resume=False,
+    retry=False,
+    limit_s=LIMIT_S,
+):
     """Measure the rows `recipes` with the `shared` settings; returns the result, written to `out` after every row.
 
-    `order`: the ids of all rows the file may hold, None: these. `progress(done, text)` is told how many rows are done and what is under way, once the model has loaded. A row that
-    fails is recorded and the walk goes on. `resume`: rows that `out` has are kept, and what compiles is first called in
-    a process of its own, so that the first call is known both cold and with the compiler's cache warm.
+    `progress(done, text)` is told how many rows are done and what is under way, once the model has loaded. A row that
+    fails is recorded and the walk goes on. `order`: the ids of all rows the file may hold, None: these. `resume`: rows
+    that `out` has are kept (with `retry` those that failed are not), and what compiles is first called in a process of
+    its own, so that the first call is known both cold and with the compiler's cache warm.
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
     out, study = Path(out), f"{shared['model']}-path"
     judge = Judge(shared, out / study / "all" if resume else None)
     order = order or [recipe.id for recipe in recipes]
-    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume)
+    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume, retry)
     todo = [recipe for recipe in recipes if not ledger.is_done(recipe.id)]
     with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
-        for recipe in todo:
-            done = len(recipes) - len(todo) + todo.index(recipe)
-            tell = lambda phase: progress(done, f"{recipe.id}: {phase}")
+        for done, recipe in enumerate(todo, len(recipes) - len(todo)):
             job = job_of(recipe, shared, judge, device, out / "cache" if resume else None)
-            row, images = ledger.row(recipe.id) or {"id": recipe.id, "label": recipe.label, "settings": {}}, None
-            try:
-                if resume and recipe.compiles and "first_calls" not in row:
-                    row["first_calls"] = cold(fresh, job, tell, limit_s)
-                    ledger.put(row | {"status": NOT_TIMED, "quality": None})
-                numbers, images = fresh.call(measure, job, on_phase=tell, limit_s=limit_s)
-                row |= timed(row, numbers, job) | {"status": "ok", "quality": judge.judge(recipe.id, images)}
-            except process.RowFailed as failure:
-                row |= {"status": f"failed: {failure}", "quality": None}
+            tell = partial(lambda done, i, phase: progress(done, f"{i}: {phase}"), done, recipe.id)
+            row, images = _measured(ledger, fresh, job, tell, limit_s)
+            row["quality"] = judge.judge(recipe.id, images) if images else None
             if recipe.id in path.NUMBERS:
                 _keep_picture(out / study / image_name(recipe.id), images, judge)
             before = _before(ledger, recipe.id)
@@ -52,6 +56,21 @@ def walk(shared, recipes, device, out, progress=lambda done, text: None, order=N
                 row["apart"] = {"channels_last": _channels_last(fresh, job, limit_s)}
             ledger.put(row)
     return ledger.result
+
+
+def _measured(ledger, fresh, job, tell, limit_s):
+    """A row with its numbers and its images, or with the reason why it has none."""
+    recipe, images = job.recipe, None
+    row = ledger.begun(recipe)
+    try:
+        if job.cache and recipe.compiles and "first_calls" not in row:
+            row["first_calls"] = cold(fresh, job, tell, limit_s)
+            ledger.put(row)
+        numbers, images = fresh.call(measure, job, on_phase=tell, limit_s=limit_s)
+        row |= timed(row, numbers, job) | {"status": "ok"}
+    except process.RowFailed as failure:
+        row |= {"status": f"failed: {failure}"}
+    return row, images
 
 
 def job_of(recipe, shared, judge, device, cache=None):
