@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -147,3 +148,17 @@ def test_a_row_that_was_begun_is_not_done(tmp_path):
     assert Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True).is_done("c")
     assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True, retry=True).is_done("c")
     assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"]).is_done("c"), "without resume it begins anew"
+
+
+def test_another_machine_starts_warm_from_what_was_exported(tmp_path):
+    """A real compilation, of one call of one step: found again without Inductor's own folder, from the exported file."""
+    shared = studies.settings("pocket", height=64, width=64, steps=1, runs=1)
+    rows = [Recipe("compile", "compile", ("bf16", "sdpa", "compile"))]
+    one = walk.walk(shared, rows, "cpu", tmp_path / "one", resume=True)["rows"][0]
+    assert one["first_calls"]["compiled"] > 0 and one["first_calls"]["cold_s"] > one["first_calls"]["warm_s"]
+    assert one["graphs"]["compiled"] == 0, "the second process found all that the first had compiled"
+    shutil.copytree(tmp_path / "one" / "cache", tmp_path / "two" / "cache")
+    shutil.rmtree(tmp_path / "two" / "cache" / "inductor")
+    two = walk.walk(shared, rows, "cpu", tmp_path / "two", resume=True)["rows"][0]
+    assert two["status"] == "ok" and two["first_calls"]["cold_s"] is None
+    assert two["first_calls"]["found"] == one["graphs"]["found"]
