@@ -190,11 +190,16 @@ def _report(options):
 def _env(options):
     import torch
 
-    from sdopt import models, results
+    from sdopt import attention, models, results
+    from sdopt.bench import sensors
 
-    environment = results.environment("cuda" if torch.cuda.is_available() else "cpu")
-    choice = models.pick()
-    for key, value in {**environment, "machine": results.machine_name(environment)}.items():
-        print(f"{key:13} {value or '-'}")
-    print(f"{'model':13} {choice.name} ({choice.reason})")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = results.environment(device)
+    choice, unusable = models.pick(), attention.xformers_state()
+    if environment["xformers"] and unusable:
+        environment["xformers"] += f" ({unusable})"
+    told = {**environment, "machine": results.machine_name(environment), "model": f"{choice.name} ({choice.reason})"}
+    state = sensors.state() if device == "cuda" else None
+    for key, value in {**told, **(state or {})}.items():
+        print(f"{key:16} {value or '-'}")
     return 0

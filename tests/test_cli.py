@@ -146,6 +146,7 @@ def test_env_prints_versions_and_what_would_run(capsys):
     for key in (*results.ENVIRONMENT, "machine", "model"):
         assert f"\n{key} " in f"\n{printed}"
     assert torch.__version__ in printed
+    assert ("its kernels are for CUDA devices" in printed) == (not torch.cuda.is_available())
 
 
 def test_report_adds_writes_and_checks(capsys, tmp_path, monkeypatch):
