@@ -25,8 +25,8 @@ BACKENDS = {
 
 FUSED = {  # how the kernels of each are called, or on a CPU its operator
     "cudnn": r"cudnn.*(sdpa|attention)",
-    "flash": r"^(?!.*cudnn).*(flash_fwd|FlashAttnFwd|flash_attention_for_cpu)",
-    "efficient": r"fmha_cutlass",
+    "flash": r"^(?!.*cudnn).*(flash_fwd|FlashAttnFwd|scaled_dot_product_flash_attention)",
+    "efficient": r"fmha_cutlass|scaled_dot_product_efficient_attention",
 }
 
 
@@ -133,12 +133,14 @@ def attended_by(call: Callable[[], object]) -> list[str]:
     """Run `call()` under PyTorch's profiler; returns whose attention kernels ran, sorted, out of BACKENDS.
 
     Told by the kernels' names, which are there in CUDA graphs and compiled code too, where no operator is left to ask;
-    on a CPU by the operators. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
+    on a CPU by the operators. Raises RuntimeError when the profiler saw nothing of a GPU at work. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
     Introduced in notebooks/03_sdpa.
     """
     with torch.profiler.profile() as profile:
         call()
     names = [event.key for event in profile.key_averages()]
+    if torch.cuda.is_initialized() and not any(event.device_type.name == "CUDA" for event in profile.events()):
+        raise RuntimeError("the profiler saw no kernel of the GPU")
     found = [backend for backend, name in FUSED.items() if any(re.search(name, key) for key in names)]
     return sorted(found) or ["math"]
 

@@ -20,7 +20,7 @@ def parser():
 
     run = commands.add_parser("run", help="walk the nine steps on this machine and print what each one buys")
     run.add_argument("--model", help="pocket, sd15 or sdxl (default: what suits this machine)")
-    _common(run, rows="rows")
+    _common(run, rows="the figure", out="out")
     run.add_argument("--runs", type=int, default=5, help="timed calls a row, after one to warm up (default: 5)")
     run.add_argument("--cutoff", type=float, default=0.4, help="share of the steps cfg_cutoff guides (default: 0.4)")
     run.add_argument("--only", metavar="ID,ID", help="measure these rows alone (each has all steps up to it)")
@@ -28,7 +28,7 @@ def parser():
 
     bench = commands.add_parser("bench", help="measure one named study with care; stopped, it goes on where it was")
     bench.add_argument("study", metavar="STUDY", help="pocket-path, sd15-path, sdxl-path, sd15-peers or sdxl-peers")
-    _common(bench, rows="rows, the compiler's cache")
+    _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
     bench.add_argument("--only", metavar="ID,ID", help="measure these rows alone")
     bench.add_argument("--retry", action="store_true", help="measure rows that failed again, too")
@@ -46,10 +46,10 @@ def parser():
     return top
 
 
-def _common(command, rows):
+def _common(command, rows, out):
     command.add_argument("--weights", help="hub, random, or a local diffusers folder (default: the model's own)")
     command.add_argument("--steps", type=int, help="denoising steps (default: the model's; dpm_20 takes 20 at most)")
-    command.add_argument("--out", default="out", help=f"folder for the result file, {rows} and pictures (default: out)")
+    command.add_argument("--out", default=out, help=f"folder for the result file, {rows} and pictures (default: {out})")
     command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     command.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
     command.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
@@ -108,11 +108,13 @@ def _bench(options):
     shared = studies.settings(
         study.model, options.weights or study.weights, options.height, options.width, options.steps, options.batch, runs
     )
+    if not 0 < options.limit < float("inf"):
+        raise UserError(f"--limit {options.limit:g} is no time a call may take: give seconds, or leave it out")
     every = studies.rows_of(study, device, shared["steps"])
     rows = studies.chosen(every, options.only)
     if options.dry_run:
         machine = results.machine_name(results.environment(device))
-        print(report.plan(study, rows, studies.estimate(rows, report.recorded(machine, study.name), runs), machine))
+        print(report.plan(study, rows, studies.estimate(rows, report.recorded(machine, study.name), shared), machine))
         return 0
     studies.check_room(options.out)
     _download(shared)

@@ -43,14 +43,12 @@ def _measured(result):
 
 
 def _path(result):
-    lines, before = [], None
-    base = figures.baseline(result["rows"])
+    base, measured = figures.baseline(result["rows"]), {row["id"]: row for row in _measured(result)}
+    lines = []
     for row in result["rows"]:
-        measured = row["status"] == "ok"
-        if row["id"] not in NUMBERS:  # beside the path: there is no step before it
-            before = None
-        lines.append([row["id"], *(_path_cells(row, base, before) if measured else [row["status"]])])
-        before = row if measured else None
+        n = NUMBERS.get(row["id"], 1)  # beside the path there is no step before it
+        before = measured.get(list(NUMBERS)[n - 2]) if n > 1 else None
+        lines.append([row["id"], *(_path_cells(row, base, before) if row["status"] == "ok" else [row["status"]])])
     return lines
 
 
@@ -80,7 +78,7 @@ def _peer_cells(row, others):
         *(_gain(row, others.get(peer)) for peer in AGAINST),
         f"{stages['unet'] / stages['unet_calls']:.1f} ms" if stages["unet_calls"] else "",
         f"{stages['vae']:.1f} ms",
-        " and ".join(row.get("as_run", {}).get("attention", ())),
+        " and ".join(row.get("as_run", {}).get("attention") or ()),
     ]
 
 
@@ -106,7 +104,10 @@ def remarks(result):
     rows, said = _measured(result), []
     if _is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
-        said.append(f"the peers took turns, a picture each, in another order in each of {runs} rounds")
+        groups = {tuple(row.get("beside", ())) for row in rows}
+        together = f"the peers took turns, a picture each, in another order in each of {runs} rounds"
+        apart = "not all peers took turns with each other: a ratio of two that did not holds two moments of the machine"
+        said.append(together if len(groups) == 1 else apart)
     for row in rows:
         if row["id"] == "compile":
             said.append(f"compile and after: {COMPILED[row['as_run']['compiled']]}")
@@ -137,7 +138,7 @@ def _first_calls(rows):
 
 def _attention(rows):
     attended = {
-        row["id"]: " and ".join(row["as_run"]["attention"]) for row in rows if "attention" in row.get("as_run", ())
+        row["id"]: " and ".join(row["as_run"]["attention"]) for row in rows if row.get("as_run", {}).get("attention")
     }
     groups = {kind: [i for i in attended if attended[i] == kind] for kind in attended.values()}
     told = [f"{kind} in {_run_on(ids, list(attended))}" for kind, ids in groups.items()]

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import time
@@ -67,15 +68,43 @@ def test_a_worker_keeps_its_state_and_outlives_what_it_was_refused():
             worker.call(answer, "job")
 
 
-def test_the_next_worker_is_started_ahead_and_none_is_left_behind():
+def answer_late(state, tell, job):
+    tell("timing")
+    tell(process.TIMED)
+    return "done"
+
+
+def test_the_next_worker_is_started_once_the_timing_is_over_and_none_is_left_behind():
+    seen = []
     with process.Fresh(CPU, ahead=True) as fresh:
-        assert fresh.call(answer, "job") == 1
-        waiting = fresh._next._process
-        assert waiting.is_alive()
+        assert fresh.call(answer_late, "job", on_phase=lambda phase: seen.append((phase, fresh._next))) == "done"
+        assert [phase for phase, _ in seen] == ["timing", process.TIMED] and seen[0][1] is None
+        waiting = seen[1][1]
+        assert waiting._process.is_alive()
         with fresh.take() as worker:
-            assert worker._process is waiting and worker.call(answer, "job") == 1
+            assert worker is waiting and worker.call(answer, "job") == 1
+        fresh.call(answer_late, "job")
         last = fresh._next._process
-    assert not last.is_alive() and not waiting.is_alive()
+    assert not last.is_alive() and not waiting._process.is_alive()
+
+
+def test_a_worker_ends_in_the_middle_of_its_call_when_its_caller_is_killed():
+    with process.Worker(CPU) as caller:
+        with pytest.raises(process.RowFailed, match="SIGKILL"):
+            caller.call(start_a_worker_and_be_killed, on_phase=(told := []).append)
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{told[0]}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{told[0]}"), "the worker outlived its caller"
+
+
+def start_a_worker_and_be_killed(state, tell):
+    multiprocessing.process.current_process()._config["daemon"] = False  # so that it may have children
+    worker = process.Worker(CPU)
+    worker._here.send((hang, ("job",)))
+    tell(worker._process.pid)
+    time.sleep(1)
+    die(state, tell, "job")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from made_up import row as made_up_row
 
 from sdopt import results
 from sdopt.bench import peers, process, studies, walk
-from sdopt.bench.ledger import NOT_TIMED, Ledger
+from sdopt.bench.judge import Judge
+from sdopt.bench.ledger import NOT_TIMED, Ledger, alone
 from sdopt.bench.row import Recipe
 from sdopt.errors import UserError
 
@@ -135,11 +136,15 @@ def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
         runs = row["latency_s"]["runs"]
         assert runs == pytest.approx([1.0 + run / 10 + len(row["id"]) / 100 for run in range(6)]), "each run once"
         assert row["latency_s"]["median"] == pytest.approx(np.median(runs))
+        assert row["beside"] == ["baseline_fp32", "bf16", "compile"] or "sdpa" in row["beside"]
     assert rows["compile"]["first_calls"] == {"cold_s": 90.0, "compiled": 2, "found": 0, "warm_s": 90.0}
 
 
+HEAD = {"schema": 1, "study": "s", "environment": dict.fromkeys(results.ENVIRONMENT), "settings": SHARED}
+
+
 def test_a_row_that_was_begun_is_not_done(tmp_path):
-    head = {"schema": 1, "study": "s", "environment": dict.fromkeys(results.ENVIRONMENT), "settings": SHARED}
+    head = HEAD
     ledger = Ledger(tmp_path / "s.json", head, ["a", "b", "c"])
     ledger.put({"id": "c", "status": "failed: too large", "settings": {}})
     ledger.put({"id": "a", "status": NOT_TIMED, "settings": {}})
@@ -148,6 +153,42 @@ def test_a_row_that_was_begun_is_not_done(tmp_path):
     assert Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True).is_done("c")
     assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"], resume=True, retry=True).is_done("c")
     assert not Ledger(tmp_path / "s.json", head, ["a", "b", "c"]).is_done("c"), "without resume it begins anew"
+
+
+def test_a_row_that_failed_keeps_what_its_cold_call_cost(tmp_path):
+    ledger = Ledger(tmp_path / "s.json", HEAD, ["compile"], retry=True)
+    calls = {"cold_s": 1800.0, "compiled": 2, "found": 0}
+    ledger.put({"id": "compile", "status": "failed: out of memory", "settings": {}, "first_calls": calls})
+    begun = ledger.begun(ROWS[3])
+    assert begun["first_calls"] == calls and begun["status"] == NOT_TIMED and not ledger.is_done("compile")
+
+
+def test_one_file_is_measured_into_by_one_process_of_one_command(tmp_path):
+    target = tmp_path / "out" / "s.json"
+    with alone(target.parent), pytest.raises(UserError, match="another process measures into"), alone(target.parent):
+        pass
+    with alone(target.parent):
+        Ledger(target, HEAD | {"measured_by": "bench"}, ["a"]).put({"id": "a", "status": "failed: x", "settings": {}})
+    for resume in (False, True):
+        with pytest.raises(UserError, match="rows of another command"):
+            Ledger(target, HEAD | {"measured_by": "run"}, ["a"], resume)
+    with pytest.raises(UserError, match="has a row a, which is none of this study"):
+        Ledger(target, HEAD | {"measured_by": "bench"}, ["b"], resume=True)
+
+
+def test_rows_of_two_commits_name_both(tmp_path):
+    commit = lambda name: HEAD | {"environment": HEAD["environment"] | {"commit": name}}
+    row = {"id": "a", "status": "failed: x", "settings": {}}
+    Ledger(tmp_path / "s.json", commit("old"), ["a", "b"]).put(row)
+    ledger = Ledger(tmp_path / "s.json", commit("new"), ["a", "b"], resume=True)
+    assert ledger.result["environment"]["commit"] == "old, then new"
+
+
+def test_pictures_of_other_settings_are_not_compared_with(tmp_path):
+    images = [np.zeros((1, 64, 64, 3), np.uint8)] * 2
+    Judge(SHARED, tmp_path).judge("baseline_fp32", images)
+    assert Judge(SHARED, tmp_path).judge("bf16", images)["against_baseline"]["exact"]
+    assert Judge(SHARED | {"steps": 7}, tmp_path).judge("bf16", images)["against_baseline"] is None
 
 
 def test_another_machine_starts_warm_from_what_was_exported(tmp_path):

@@ -1,5 +1,6 @@
 import subprocess
 import time
+import types
 
 import pytest
 import torch
@@ -28,11 +29,14 @@ def test_what_is_seen_is_summed_up_and_what_is_not_told_left_out(monkeypatch):
 
 def test_the_state_of_a_gpu_is_read_as_numbers(monkeypatch):
     answer = subprocess.CompletedProcess([], 0, stdout="1980, 1980, 3201, 149.36, [N/A], 40\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: asked.append(command) or answer)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="12ab"))
     assert sensors.state() == {
         "sm_clock_mhz": 1980.0, "sm_clock_max_mhz": 1980.0, "memory_clock_mhz": 3201.0, "power_w": 149.36,
         "power_limit_w": None, "temperature_c": 40.0,
     }  # fmt: skip
+    assert asked[0][-1] == "--id=GPU-12ab", "the GPU that PyTorch uses, whatever nvidia-smi numbers it"
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: (_ for _ in ()).throw(FileNotFoundError()))
     assert sensors.state() is None
 

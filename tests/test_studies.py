@@ -48,13 +48,17 @@ def test_rows_are_chosen_by_id_in_their_own_order():
 def test_an_estimate_counts_what_a_row_will_do():
     row = made_up_row("compile", 2.0, first_calls={"cold_s": 90.0, "warm_s": 20.0, "compiled": 2, "found": 0})
     failed = {"id": "int8", "status": "failed: out of memory"}
-    took = studies.estimate(studies.nine(30), {"rows": [made_up_row("bf16", 1.0), row, failed]}, runs=5)
+    shared = studies.settings("pocket", runs=5)
+    recorded = {"settings": shared, "rows": [made_up_row("bf16", 1.0), row, failed]}
+    took = studies.estimate(studies.nine(30), recorded, shared)
     assert took == {"bf16": 15.0 + 3.0 + 8 * 1.0, "compile": 2 * 15.0 + 110.0 + 8 * 2.0}
-    assert studies.estimate(studies.nine(30), None, 5) == {}
+    assert studies.estimate(studies.nine(30), None, shared) == {}
+    assert studies.estimate(studies.nine(30), recorded, shared | {"height": 64}) == {}, "that was another size"
 
 
 def test_a_dry_run_lists_the_rows_and_writes_nothing(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "recorded", lambda machine, study: {"rows": [made_up_row("bf16", 1.0)]})
+    recorded = {"settings": studies.settings("pocket"), "rows": [made_up_row("bf16", 1.0)]}
+    monkeypatch.setattr(report, "recorded", lambda machine, study: recorded)
     assert main(["bench", "pocket-path", "--dry-run", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(i in out for i in (*path.NUMBERS, *EXTRAS, "recommended")) and "26 s" in out
@@ -68,6 +72,8 @@ def test_a_dry_run_lists_the_rows_and_writes_nothing(capsys, tmp_path, monkeypat
         (["pocket-path", "--only", "fp4"], "unknown row 'fp4': choose from baseline_fp32"),
         (["pocket-path", "--runs", "0"], "--runs 0 is too few"),
         (["pocket-path", "--limit", "soon"], "invalid float value: 'soon'"),
+        (["pocket-path", "--limit", "-1"], "--limit -1 is no time a call may take"),
+        (["pocket-path", "--limit", "nan"], "--limit nan is no time a call may take"),
         (["pocket-path", "--weights", "random"], "pocket has its own weights, random ones would say nothing"),
     ],
 )
@@ -103,15 +109,16 @@ def test_the_tutorials_recipe_draws_the_same_picture(pocket, fresh_compiler, mon
     assert abs(draw(pocket, num_inference_steps=2) - before).mean() < 0.02
 
 
-def test_max_autotune_is_pytorchs_own(pocket, monkeypatch):
+def test_the_stock_modes_are_pytorchs_own_without_a_flag_of_ours(pocket, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: asked.append(settings["options"]))
-    cuda = pocket.unet.device.type == "cuda"
-    path.compile_pipeline(pocket, kind="whole", **recipes.STOCK_MAX_AUTOTUNE)
-    own = torch._inductor.list_mode_options("max-autotune")
-    flags = dict.fromkeys(("conv_1x1_as_mm", "force_fuse_int_mm_with_mul", "coordinate_descent_tuning"), False)
-    assert all((flags | {"epilogue_fusion": True}).items() <= options.items() for options in asked)
-    assert not cuda or all(own.items() <= options.items() for options in asked)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: asked.append((module, settings)))
+    for recipe in studies.PEERS:
+        if recipe.id.startswith("compile_"):
+            recipe.apply(pocket)
+    parts = [pocket.unet, pocket.vae.decoder]
+    modes = ["reduce-overhead", "max-autotune"]
+    assert asked == [(part, {"fullgraph": True, "mode": mode}) for mode in modes for part in parts]
+    assert pocket.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_xformers_that_cannot_attend_is_a_reason(pocket, monkeypatch):

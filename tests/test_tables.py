@@ -145,6 +145,26 @@ def test_a_study_in_which_nothing_worked_still_has_a_table():
     assert tables.text(told | {"rows": []})
 
 
+def test_peers_that_did_not_take_turns_with_each_other_are_told():
+    told = peers_result()
+    for row in told["rows"]:
+        row["beside"] = ["eager_fp16"] if row["id"] == "eager_fp16" else ["all the others"]
+    assert tables.remarks(told)[0].startswith("not all peers took turns with each other")
+
+
+def test_a_profile_that_was_refused_leaves_the_kernels_untold():
+    for told in (peers_result(), bench_result()):
+        for row in told["rows"]:
+            row.get("as_run", {})["attention"] = None
+        assert "attention in the UNet" not in tables.text(told)
+
+
+def test_a_gain_over_the_step_before_needs_that_step():
+    told = bench_result()
+    told["rows"] = [row for row in told["rows"] if row["id"] != "bf16"]
+    assert by_name(told)["sdpa"]["before /"] == "" and by_name(told)["compile"]["before /"]
+
+
 def test_remarks_of_peers_say_how_they_were_measured():
     told = tables.remarks(peers_result())
     assert told[0] == "the peers took turns, a picture each, in another order in each of 5 rounds"

@@ -1,5 +1,6 @@
 """The prompts and seeds all rows of a study share, and what is seen in the pictures drawn from them."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -20,7 +21,8 @@ class Judge:
 
     def __init__(self, shared, folder=None):
         runs, batch = shared["runs"], shared["batch"]
-        self.scenes, self.folder = None, folder
+        asked = hashlib.sha256(repr(sorted(shared.items())).encode()).hexdigest()[:12]  # never another study's pictures
+        self.scenes, self.folder = None, folder and folder / asked
         texts = [shared["prompt"]] * (runs * batch)
         if shared["model"] == "pocket":
             prompts = test_prompts(runs * batch)

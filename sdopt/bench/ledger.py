@@ -1,9 +1,13 @@
 """A result file that grows row by row, so that a study can be stopped at any moment and go on where it was."""
 
+import fcntl
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdopt import attention, results
 from sdopt.bench import sensors
+from sdopt.errors import UserError
 
 NOT_TIMED = "failed: not timed yet"  # of a row that was begun: it is taken up again
 
@@ -19,10 +23,18 @@ class Ledger:
     def __init__(self, path, head, order, resume=False, retry=False):
         self.path, self.order, self.retry = Path(path), list(order), retry
         self.result = head | {"rows": []}
-        if resume and self.path.exists():
-            found = results.read(self.path)
+        found = results.read(self.path) if self.path.exists() else None
+        if found and found.get("measured_by") != head.get("measured_by"):
+            raise UserError(f"{self.path} holds rows of another command: give another folder with --out")
+        if found and resume:
             kept = {key: found[key] for key in ("gpu_state", "gpu_while_timed") if key in found}
             self.result = results.merge(found, self.result) | kept
+            commits = [result["environment"]["commit"] for result in (found, self.result)]
+            if commits[0] != commits[1]:  # rows of the one and of the other
+                self.result["environment"]["commit"] = f"{commits[0]}, then {commits[1]}"
+            unknown = [row["id"] for row in self.result["rows"] if row["id"] not in self.order]
+            if unknown:
+                raise UserError(f"{self.path} has a row {unknown[0]}, which is none of this study: give another folder")
 
     def row(self, i):
         """The row `i` as it stands, {} where there is none."""
@@ -35,9 +47,11 @@ class Ledger:
 
     def begun(self, recipe):
         """The row of a recipe to be measured, with what an earlier attempt that was stopped knew of it."""
-        row = {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None}
+        row = {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None, "status": NOT_TIMED}
         old = self.row(recipe.id)
-        return row | (old if old.get("status") == NOT_TIMED else {}) | {"status": NOT_TIMED}
+        if old.get("status") == NOT_TIMED:
+            return row | old
+        return row | {key: old[key] for key in ("first_calls",) if key in old}  # a failed row compiled all the same
 
     def put(self, *rows, **more):
         """Write `rows`, each in the place of the row of its id, and `more` beside the rows."""
@@ -47,14 +61,31 @@ class Ledger:
         results.write(self.path, self.result)
 
 
-def head(study, shared, device, prompts):
-    """A result without rows: what was asked for, and the machine as it was found."""
+@contextmanager
+def alone(folder):
+    """Within, no other process measures into `folder`. Raises UserError when one does already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself is locked, so that no file is left behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(f"another process measures into {folder}: wait for it, or give another folder") from error
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def head(study, shared, device, prompts, measured_by):
+    """A result without rows: what was asked for, by which command, and the machine as it was found."""
     cuda = str(device).startswith("cuda")
     environment = results.environment(device)
     environment["xformers_state"] = attention.xformers_state() if environment["xformers"] else None
     return {
         "schema": results.SCHEMA,
         "study": study,
+        "measured_by": measured_by,
         "environment": environment,
         "gpu_state": sensors.state() if cuda else None,
         "settings": {**shared, "device": device, "prompts": [text for texts in prompts for text in texts]},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
-from sdopt.bench.ledger import Ledger, head
+from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import draw_timed, finish, first_call, settle
 from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
 from sdopt.timing import percentile
@@ -23,24 +23,25 @@ def take_turns(
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
     out, judge, study = Path(out), Judge(shared), f"{shared['model']}-peers"
-    order = order or [recipe.id for recipe in recipes]
-    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, True, retry)
-    jobs = {r.id: job_of(r, shared, judge, device, out / "cache") for r in recipes}
-    todo = [i for i in jobs if not ledger.is_done(i)]
-    workers = {}
-    try:
-        with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
-            for n, i in enumerate(todo):
-                tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
-                _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
-        _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
-        for i, worker in workers.items():
-            progress(shared["runs"], f"{i}: a last look")
-            _finish(ledger, jobs[i], worker, limit_s)
-            worker.close()
-    finally:
-        for worker in workers.values():
-            worker.stop()
+    order, workers = order or [recipe.id for recipe in recipes], {}
+    with alone(out):
+        about = head(study, shared, device, judge.prompts, "bench")
+        ledger = Ledger(out / f"{study}.json", about, order, True, retry)
+        jobs = {r.id: job_of(r, shared, judge, device, out / "cache") for r in recipes}
+        todo = [i for i in jobs if not ledger.is_done(i)]
+        try:
+            with process.Fresh(process.context(device), ahead=False) as fresh:
+                for n, i in enumerate(todo):
+                    tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
+                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
+            _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
+            for i, worker in workers.items():
+                progress(shared["runs"], f"{i}: a last look")
+                _finish(ledger, jobs[i], worker, limit_s)
+                worker.close()
+        finally:
+            for worker in workers.values():
+                worker.stop()
     return ledger.result
 
 
@@ -66,7 +67,7 @@ def _ready(ledger, job, fresh, workers, tell, limit_s):
 
 
 def _rounds(ledger, runs, device, workers, progress, limit_s):
-    seen = {}
+    seen, together = {}, sorted(workers)
     done = min((len(_runs(ledger, i)) for i in workers), default=runs)
     with sensors.watch(device, seen):
         for turn in range(done, runs):
@@ -77,7 +78,8 @@ def _rounds(ledger, runs, device, workers, progress, limit_s):
                 progress(turn, i)
                 try:
                     seconds = workers[i].call(draw_timed, turn, limit_s=limit_s)
-                    rows.append(ledger.row(i) | {"latency_s": _latency([*_runs(ledger, i)[:turn], seconds])})
+                    latency = _latency([*_runs(ledger, i)[:turn], seconds])
+                    rows.append(ledger.row(i) | {"latency_s": latency, "beside": together})
                 except process.RowFailed as failure:
                     rows.append(ledger.row(i) | {"status": f"failed: {failure}"})
                     workers.pop(i).stop()

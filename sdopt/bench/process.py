@@ -1,18 +1,20 @@
 """Calls in processes of their own; whatever becomes of them, the caller gets an answer."""
 
-import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from multiprocessing import connection
 
 from sdopt.errors import UserError
 
 # What every row imports anyway, loaded once into the fork server. Importing neither runs an op nor starts CUDA there.
 PRELOAD = ["sdopt.bench.row"]
+TIMED = "stages"  # the phase after the timed calls: from here on another process disturbs nothing
 GRACE_S = 20.0  # for a process that has answered to put its things away
 
 
@@ -91,8 +93,7 @@ class Worker:
 
 def _serve(pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer, who ends this process
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whatever ends the caller ends this process, too
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     for name in PRELOAD:
         importlib.import_module(name)
     state = {}
@@ -102,6 +103,12 @@ def _serve(pipe):
         except EOFError:
             return
         pipe.send(_answer(function, state, lambda phase: pipe.send(("phase", phase)), arguments))
+
+
+def _end_with_caller():
+    """Whatever ends the caller ends this process, in the middle of a call too: nobody is left to hear the answer."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _answer(function, state, tell, arguments):
@@ -131,21 +138,26 @@ def _death(exitcode):
 
 
 class Fresh:
-    """Fresh workers, one after another; with `ahead`, the next one is already importing while this one works."""
+    """Fresh workers, one after another; with `ahead`, the next one imports while this one's call is at its last phases."""
 
     def __init__(self, ctx, ahead):
         self._ctx, self._ahead, self._next = ctx, ahead, None
 
     def take(self):
         """A worker that has done nothing yet."""
-        worker = self._next or Worker(self._ctx)
-        self._next = Worker(self._ctx) if self._ahead else None
+        worker, self._next = self._next or Worker(self._ctx), None
         return worker
 
-    def call(self, function, *arguments, **how):
+    def call(self, function, *arguments, on_phase=lambda phase: None, **how):
         """One call in a worker of its own, as `Worker.call`."""
+
+        def told(phase):
+            if phase == TIMED and self._ahead and not self._next:
+                self._next = Worker(self._ctx)
+            on_phase(phase)
+
         with self.take() as worker:
-            return worker.call(function, *arguments, **how)
+            return worker.call(function, *arguments, on_phase=told, **how)
 
     def __enter__(self):
         return self

@@ -1,5 +1,7 @@
 """What the path has no step for: others' recipes, to measure the path beside them."""
 
+from functools import partial
+
 import torch
 
 from sdopt import attention, compilation, quantization
@@ -7,12 +9,19 @@ from sdopt.errors import UserError
 
 # The flags of diffusers' tutorial, all of them but use_mixed_mm, which Inductor ignores today.
 TUTORIAL_FLAGS = compilation.CUDA_OPTIONS | compilation.SEARCH
-# torch.compile's mode "max-autotune" as it comes: no flag of the tutorial's.
-STOCK_MAX_AUTOTUNE = {
-    "mode": "max-autotune",
-    "options": dict.fromkeys((*compilation.SEARCH, "conv_1x1_as_mm", "force_fuse_int_mm_with_mul"), False)
-    | {"epilogue_fusion": True},
-}
+
+
+def stock_compile(mode):
+    """torch.compile as its documentation has it: UNet and VAE decoder, fullgraph, `mode`, channels_last; no other flag."""
+    return partial(_stock_compile, mode)
+
+
+def _stock_compile(mode, pipe):
+    compilation.channels_last(pipe)
+    compilation.start_at_step_zero(pipe)
+    pipe.unet.compile(fullgraph=True, mode=mode)
+    pipe.vae.decoder.compile(fullgraph=True, mode=mode)
+    return pipe
 
 
 def tutorial(pipe):

@@ -24,11 +24,12 @@ EVERY_S = 0.2
 
 
 def state():
-    """The first GPU as it is now: {"sm_clock_mhz", ...}, None for what it does not tell; None without nvidia-smi."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(STATE.values())}", "--format=csv,noheader,nounits", "--id=0"]
-    try:
+    """PyTorch's GPU as it is now: {"sm_clock_mhz", ...}, None for what it does not tell; None without nvidia-smi."""
+    try:  # by its name for life: nvidia-smi's numbers and CUDA's need not agree
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+        command = ["nvidia-smi", f"--query-gpu={','.join(STATE.values())}", "--format=csv,noheader,nounits", gpu]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, AssertionError, RuntimeError):
         return None
     return dict(zip(STATE, map(_number, done.stdout.splitlines()[0].split(",")), strict=True))
 

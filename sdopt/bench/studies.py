@@ -116,10 +116,14 @@ def check_room(out):
         raise UserError(f"only {free / 2**20:.0f} MiB are free for {out}: make room or give another folder with --out")
 
 
-def estimate(rows, recorded, runs):
-    """Seconds each of `rows` may take, {id: seconds}, from a recorded result of the same study; no entry for others."""
-    took = {}
-    for row in recorded["rows"] if recorded else ():
+def estimate(rows, recorded, shared):
+    """Seconds each of `rows` may take, {id: seconds}, from a recorded result of the same study; no entry for others.
+
+    What was recorded with another size, number of steps or batch than `shared` says nothing.
+    """
+    alike = recorded and all(recorded["settings"][key] == shared[key] for key in ("height", "width", "steps", "batch"))
+    took, runs = {}, shared["runs"]
+    for row in recorded["rows"] if alike else ():
         if row["status"] == "ok":
             calls = row.get("first_calls", {})
             first = sum(calls.get(key) or 0 for key in ("cold_s", "warm_s")) or row["first_call_s"]
@@ -134,12 +138,9 @@ BASELINES = [
 PEERS = [
     Recipe("eager_fp16", "fp16, eager", EAGER, {"dtype": torch.float16}),
     Recipe("eager_bf16", "bf16, eager", EAGER),
-    Recipe("compile_reduce_overhead", "bf16, torch.compile, reduce-overhead", (*EAGER, "compile")),
-    Recipe(
-        "compile_max_autotune",
-        "bf16, torch.compile, max-autotune",
-        (*EAGER, "compile"),
-        {"compiler": recipes.STOCK_MAX_AUTOTUNE},
+    *(
+        Recipe(i, f"bf16, torch.compile, {mode}", EAGER, apply=recipes.stock_compile(mode), compiled=True)
+        for i, mode in (("compile_reduce_overhead", "reduce-overhead"), ("compile_max_autotune", "max-autotune"))
     ),
     Recipe("tutorial_recipe", "diffusers' tutorial, the whole recipe", EAGER, apply=recipes.tutorial, compiled=True),
     *(

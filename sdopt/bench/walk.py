@@ -10,7 +10,7 @@ from PIL import Image
 from sdopt import compilation, path, results
 from sdopt.bench import notes, process
 from sdopt.bench.judge import Judge
-from sdopt.bench.ledger import Ledger, head
+from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import Job, Recipe, first_call, measure
 
 LIMIT_S = 3600.0
@@ -39,9 +39,10 @@ def walk(
     out, study = Path(out), f"{shared['model']}-path"
     judge = Judge(shared, out / study / "all" if resume else None)
     order = order or [recipe.id for recipe in recipes]
-    ledger = Ledger(out / f"{study}.json", head(study, shared, device, judge.prompts), order, resume, retry)
-    todo = [recipe for recipe in recipes if not ledger.is_done(recipe.id)]
-    with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+    with alone(out), process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+        about = head(study, shared, device, judge.prompts, "bench" if resume else "run")
+        ledger = Ledger(out / f"{study}.json", about, order, resume, retry)
+        todo = [recipe for recipe in recipes if not ledger.is_done(recipe.id)]
         for done, recipe in enumerate(todo, len(recipes) - len(todo)):
             job = job_of(recipe, shared, judge, device, out / "cache" if resume else None)
             tell = partial(lambda done, i, phase: progress(done, f"{i}: {phase}"), done, recipe.id)
