@@ -64,7 +64,7 @@ def attention_figure(result_path, target):
     figure, axes = _bars(rows, bars, [BACKENDS[row["id"]] for row in rows])
     for y, row in enumerate(rows):
         if row["id"] in bars:
-            ran = " and ".join(row.get("as_run", {}).get("attention", ()))
+            ran = " and ".join(row.get("as_run", {}).get("attention") or ())
             label = f"{bars[row['id']]:.1f} ms" + _ratio(bars, row) + (f"   ran: {ran}" if ran else "")
             _beside(axes, bars[row["id"]], y, label)
     axes.set_xlabel("milliseconds a UNet call, mean of one picture's; x: times faster than PyTorch's pick", color=QUIET)

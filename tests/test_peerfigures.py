@@ -3,7 +3,7 @@ import pytest
 from made_up import peers_result, run_folder
 from PIL import Image
 
-from sdopt import figures, peerfigures
+from sdopt import figures, peerfigures, results
 from sdopt.errors import UserError
 
 
@@ -60,3 +60,12 @@ def test_a_result_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError):
         peerfigures.peers_figure(tmp_path / "x.json", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_kernels_that_are_not_known_are_left_unnamed(tmp_path):
+    told = peers_result()
+    for row in told["rows"]:
+        row.get("as_run", {})["attention"] = None
+    results.write(tmp_path / "sdxl-peers.json", told)
+    peerfigures.attention_figure(tmp_path / "sdxl-peers.json", tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").exists()
