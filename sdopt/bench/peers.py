@@ -30,7 +30,7 @@ def take_turns(
         jobs = {r.id: job_of(r, shared, judge, device, out / "cache") for r in recipes}
         todo = [i for i in jobs if not ledger.is_done(i)]
         try:
-            with process.Fresh(process.context(device), ahead=False) as fresh:
+            with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
                 for n, i in enumerate(todo):
                     tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
                     _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
@@ -56,6 +56,7 @@ def _ready(ledger, job, fresh, workers, tell, limit_s):
         worker = fresh.take()
         try:
             row["first_call_s"] = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)["first_call_s"]
+            fresh.start_next()
             worker.call(settle, on_phase=tell, limit_s=limit_s)
         except BaseException:
             worker.stop()

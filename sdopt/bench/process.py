@@ -148,12 +148,17 @@ class Fresh:
         worker, self._next = self._next or Worker(self._ctx), None
         return worker
 
+    def start_next(self):
+        """With `ahead`, let the next worker start and import now."""
+        if self._ahead and not self._next:
+            self._next = Worker(self._ctx)
+
     def call(self, function, *arguments, on_phase=lambda phase: None, **how):
         """One call in a worker of its own, as `Worker.call`."""
 
         def told(phase):
-            if phase == TIMED and self._ahead and not self._next:
-                self._next = Worker(self._ctx)
+            if phase == TIMED:
+                self.start_next()
             on_phase(phase)
 
         with self.take() as worker:
