@@ -133,8 +133,8 @@ def attended_by(call: Callable[[], object]) -> list[str]:
     """Run `call()` under PyTorch's profiler; returns whose attention kernels ran, sorted, out of BACKENDS.
 
     Told by the kernels' names, which are there in CUDA graphs and compiled code too, where no operator is left to ask;
-    on a CPU by the operators. Raises RuntimeError when the profiler saw nothing of a GPU at work. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
-    Introduced in notebooks/03_sdpa.
+    on a CPU by the operators. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
+    Raises RuntimeError when the profiler saw nothing of a GPU at work. Introduced in notebooks/03_sdpa.
     """
     with torch.profiler.profile() as profile:
         call()

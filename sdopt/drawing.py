@@ -96,10 +96,9 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
     timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs, pipe.unet.device.type, settle, during)
     tell("stages")
     stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
-    latency = {"median": timed.median, "p20": timed.p20, "p80": timed.p80, "runs": list(timed.runs_s)}
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
-        "latency_s": latency,
+        "latency_s": timing.latency(timed.runs_s),
         "first_call_s": timed.first_call_s,
         "peak_memory_bytes": timed.peak_memory_bytes,
         "peak_memory_of": timed.peak_memory_of,

@@ -67,6 +67,13 @@ STEPS = (  # in the order they are taught
 
 NUMBERS = {step.id: n for n, step in enumerate(STEPS, 1)}
 
+
+def step_before(i: str) -> str | None:
+    """The id of the step taught before step `i`; None for the first, and for a row that is no step."""
+    n = NUMBERS.get(i, 1)
+    return STEPS[n - 2].id if n > 1 else None
+
+
 # What is compiled must be final, what is quantised must be fused before, and only what stays need be fused. The last
 # step changes the call alone and has no place here.
 ORDER = ("baseline_fp32", "bf16", "sdpa", "tiny_vae", "fused_qkv", "int8", "dpm_20", "compile")

@@ -4,7 +4,7 @@ import re
 
 from sdopt import figures, results
 from sdopt.bench.notes import SUBJECTS
-from sdopt.path import NUMBERS
+from sdopt.path import NUMBERS, step_before
 
 COMPILED = {
     "whole": "UNet and VAE decoder compiled whole, one graph each",
@@ -46,8 +46,7 @@ def _path(result):
     base, measured = figures.baseline(result["rows"]), {row["id"]: row for row in _measured(result)}
     lines = []
     for row in result["rows"]:
-        n = NUMBERS.get(row["id"], 1)  # beside the path there is no step before it
-        before = measured.get(list(NUMBERS)[n - 2]) if n > 1 else None
+        before = measured.get(step_before(row["id"]))
         lines.append([row["id"], *(_path_cells(row, base, before) if row["status"] == "ok" else [row["status"]])])
     return lines
 

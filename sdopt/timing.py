@@ -43,6 +43,12 @@ class Timing:
         return percentile(self.runs_s, 80)
 
 
+def latency(runs_s) -> dict:
+    """Seconds of timed calls as a result file has them: {"median", "p20", "p80", "runs"}."""
+    runs = list(runs_s)
+    return {"median": statistics.median(runs), "p20": percentile(runs, 20), "p80": percentile(runs, 80), "runs": runs}
+
+
 def percentile(values, percent: int) -> float:
     """The value that `percent` of `values` stay below, interpolated. Introduced in notebooks/00_measure_first."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
@@ -105,7 +111,7 @@ def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, r
     notebooks/05_fused_qkv.
     """
     if not str(device).startswith("cuda"):
-        return measure(lambda: [call() for _ in range(repeats)], rounds, device).median / repeats
+        return in_turns([call], device, rounds, repeats)[0]
     side = torch.cuda.Stream()  # a capture must not find anything left to initialise
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

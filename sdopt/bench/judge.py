@@ -9,7 +9,7 @@ from PIL import Image
 from sdopt import path, quality, results
 from sdopt.pocket.captions import test_prompts
 
-IDS = tuple(path.NUMBERS)
+BASELINE = path.STEPS[0].id
 
 
 class Judge:
@@ -40,8 +40,7 @@ class Judge:
         pictures = self.seen[i] = [Image.fromarray(pixels) for batch in images for pixels in batch]
         self._keep(i, images)
         seen = quality.seen(self.scenes, pictures) if self.scenes else {}
-        before = IDS[max(0, path.NUMBERS[i] - 2)] if i in path.NUMBERS else None
-        for name, other in (("against_baseline", IDS[0]), ("against_previous", before)):
+        for name, other in (("against_baseline", BASELINE), ("against_previous", path.step_before(i))):
             drawn = self._drawn(other) if other != i else None
             seen[name] = quality.drift(pictures, drawn) if drawn else None
         return seen

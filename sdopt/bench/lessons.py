@@ -29,7 +29,7 @@ from sdopt import (
 from sdopt.errors import UserError, exit_code
 from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.oracle import load_oracle
-from sdopt.timing import kernel_seconds, measure
+from sdopt.timing import in_turns, kernel_seconds
 
 PRODUCTS = (1024, 4096, 8192)
 ATTENTION = {
@@ -166,7 +166,7 @@ def _whole_numbers(x):
 
 def _launched(call, device):
     """Seconds of one call, launched by Python, in a row of fifty."""
-    return measure(lambda: [call() for _ in range(50)], 9, device).median / 50
+    return in_turns([call], device, repeats=50)[0]
 
 
 def tradeoff(device, variants=VARIANTS, prompts=768, runs=3, batch=256, tell=lambda rows: None):

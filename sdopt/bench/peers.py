@@ -1,7 +1,6 @@
 """A peer study: every row in a process that stays, a picture each in turn, in another order each round."""
 
 import random
-import statistics
 from pathlib import Path
 
 from sdopt.bench import process, sensors
@@ -9,7 +8,7 @@ from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import draw_timed, finish, first_call, settle
 from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
-from sdopt.timing import percentile
+from sdopt.timing import latency
 
 
 def take_turns(
@@ -79,8 +78,8 @@ def _rounds(ledger, runs, device, workers, progress, limit_s):
                 progress(turn, i)
                 try:
                     seconds = workers[i].call(draw_timed, turn, limit_s=limit_s)
-                    latency = _latency([*_runs(ledger, i)[:turn], seconds])
-                    rows.append(ledger.row(i) | {"latency_s": latency, "beside": together})
+                    times = latency([*_runs(ledger, i)[:turn], seconds])
+                    rows.append(ledger.row(i) | {"latency_s": times, "beside": together})
                 except process.RowFailed as failure:
                     rows.append(ledger.row(i) | {"status": f"failed: {failure}"})
                     workers.pop(i).stop()
@@ -91,10 +90,6 @@ def _rounds(ledger, runs, device, workers, progress, limit_s):
 
 def _runs(ledger, i):
     return ledger.row(i).get("latency_s", {}).get("runs", [])
-
-
-def _latency(runs):
-    return {"median": statistics.median(runs), "p20": percentile(runs, 20), "p80": percentile(runs, 80), "runs": runs}
 
 
 def _finish(ledger, job, worker, limit_s):

@@ -104,14 +104,8 @@ def finish(state, tell, job):
     memory, memory_of, counted = timing.peak_memory(pipe.device.type == "cuda")
     counted.pop("device", None)  # the others' as well
     stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]))
-    return (
-        {"peak_memory_bytes": memory, "stages_ms": stages}
-        | ({"memory_bytes": counted} if counted else {})
-        | {
-            "drawn_with": drawn_with(pipe, job, state["call"]),
-            "as_run": as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, state["call"]),
-        }
-    )
+    numbers = {"peak_memory_bytes": memory, "stages_ms": stages} | ({"memory_bytes": counted} if counted else {})
+    return numbers | how_it_ran(pipe, job, state["call"], memory_of)
 
 
 def measure(state, tell, job):
@@ -130,10 +124,14 @@ def measure(state, tell, job):
     _keep_artifacts(job)
     tell("a look at its kernels")
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
-    return numbers | graphs | ({"gpu": seen} if seen else {}) | {
-        "drawn_with": drawn_with(pipe, job, call_kwargs),
-        "as_run": as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, call_kwargs),
-    }, [[np.asarray(image) for image in images] for images in pictures]
+    numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
+    return numbers, [[np.asarray(image) for image in images] for images in pictures]
+
+
+def how_it_ran(pipe, job, call_kwargs, memory_of):
+    """What a row says of itself beside its numbers; draws two more steps, under the profiler."""
+    switches = as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, call_kwargs)
+    return {"drawn_with": drawn_with(pipe, job, call_kwargs), "as_run": switches}
 
 
 def drawn_with(pipe, job, call_kwargs):

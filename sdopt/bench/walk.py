@@ -105,7 +105,7 @@ def image_name(i):
 
 def _before(ledger, i):
     """The row of the step before, where there is one that was measured."""
-    before = ledger.row(list(path.NUMBERS)[path.NUMBERS[i] - 2]) if path.NUMBERS.get(i, 1) > 1 else {}
+    before = ledger.row(path.step_before(i))
     return before if before.get("status") == "ok" else None
 
 
