@@ -195,6 +195,11 @@ def test_no_guidance_at_all_is_a_row_like_any_other(walked):
     assert notes.note(never, before, walked["settings"], "cpu").startswith("no clear difference")  # as made up
 
 
+def test_the_recommended_path_has_a_picture_the_other_baselines_none():
+    assert walk.image_name("recommended") == "10-recommended.png" and walk.image_name("bf16") == "2-bf16.png"
+    assert "baseline_tf32" not in walk.PICTURED
+
+
 def test_quality_compares_with_the_baseline_and_the_step_before(walked):
     quality = {row["id"]: row["quality"] for row in walked["rows"]}
     assert quality["bf16"] is None

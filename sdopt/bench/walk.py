@@ -12,6 +12,7 @@ from sdopt.bench import notes, process
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import Job, Recipe, first_call, measure
+from sdopt.pathfigures import PICTURED
 
 LIMIT_S = 3600.0
 SHARED = ("model", "weights", "height", "width", "steps", "guidance_scale", "scheduler")
@@ -48,7 +49,7 @@ def walk(
             tell = partial(lambda done, i, phase: progress(done, f"{i}: {phase}"), done, recipe.id)
             row, images = _measured(ledger, fresh, job, tell, limit_s)
             row["quality"] = judge.judge(recipe.id, images) if images else None
-            if recipe.id in path.NUMBERS:
+            if recipe.id in PICTURED:
                 _keep_picture(out / study / image_name(recipe.id), images, judge)
             before = _before(ledger, recipe.id)
             row["note"] = notes.note(row, before, shared, device) if before and images else None
@@ -99,8 +100,8 @@ def timed(row, numbers, job):
 
 
 def image_name(i):
-    """The file name of the picture a step drew: "4-compile.png"."""
-    return f"{path.NUMBERS[i]}-{i}.png"
+    """The file name of the picture a row drew: "4-compile.png"."""
+    return f"{PICTURED.index(i) + 1}-{i}.png"
 
 
 def _before(ledger, i):
