@@ -3,7 +3,7 @@
 import ctypes
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sdopt.errors import UserError
+from sdopt.profiling import profile
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -136,12 +137,12 @@ def attended_by(call: Callable[[], object]) -> list[str]:
     on a CPU by the operators. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.
     Raises RuntimeError when the profiler saw nothing of a GPU at work. Introduced in notebooks/03_sdpa.
     """
-    with torch.profiler.profile() as profile:
-        call()
-    names = [event.key for event in profile.key_averages()]
-    if torch.cuda.is_initialized() and not any(event.device_type.name == "CUDA" for event in profile.events()):
-        raise RuntimeError("the profiler saw no kernel of the GPU")
-    found = [backend for backend, name in FUSED.items() if any(re.search(name, key) for key in names)]
+    return backends_in(profile(call).names)
+
+
+def backends_in(names: Collection[str]) -> list[str]:
+    """Whose attention kernels are among `names` of kernels and operators, as `attended_by` tells it."""
+    found = [backend for backend, pattern in FUSED.items() if any(re.search(pattern, name) for name in names)]
     return sorted(found) or ["math"]
 
 

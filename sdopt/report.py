@@ -5,14 +5,15 @@ import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, pathfigures, peerfigures, results, tables
+from sdopt import cards, figures, pathfigures, peerfigures, results, sentences, tables, timefigures
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("*-path.json", "*-peers.json")
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
-BLOCKS = {"table": tables.markdown, "headline": tables.headline, "published": tables.published} | cards.BLOCKS
+STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget}
+BLOCKS = STUDY_BLOCKS | {"published": tables.published} | cards.BLOCKS
 PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {"path": "a process a row, one after the other", "peers": "all rows side by side, a picture each in turn"}
@@ -109,18 +110,22 @@ def _stale(root):
 
 def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
+    result, pictures = results.read(path), path.with_suffix("")
     if path.stem.endswith("-peers"):
-        return [path], {
+        drawings = {
             "": partial(peerfigures.peers_figure, path),
             "-attention": partial(peerfigures.attention_figure, path),
         }
-    result, pictures = results.read(path), path.with_suffix("")
-    drawings = {"": pathfigures.path_figure, "-stages": pathfigures.stages_figure}
-    if result["settings"]["weights"] != "random" and figures.baseline(result["rows"]):
-        drawings["-before-after"] = pathfigures.before_and_after
-    return pathfigures.sources(path, pictures), {
-        suffix: partial(draw, path, pictures) for suffix, draw in drawings.items()
-    }
+    else:
+        drawings = {
+            "": partial(pathfigures.path_figure, path, pictures),
+            "-stages": partial(timefigures.stages_figure, path, pictures),
+        }
+        if result["settings"]["weights"] != "random" and figures.baseline(result["rows"]):
+            drawings["-before-after"] = partial(pathfigures.before_and_after, path, pictures)
+    if any(row.get("unet_kernels") for row in result["rows"]):
+        drawings["-kernels"] = partial(timefigures.kernels_figure, path, pictures)
+    return pathfigures.sources(path, pictures), drawings
 
 
 def _page(old, page, data):
@@ -148,5 +153,5 @@ def _block(found, data):
     kind, study, _ = found.groups()
     if kind not in BLOCKS:
         raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
-    read = results.read if kind in ("table", "headline") else results.read_json
+    read = results.read if kind in STUDY_BLOCKS else results.read_json
     return f"{OPENING}{kind} {study} -->\n{BLOCKS[kind](read(data / f'{study}.json'))}\n<!-- /sdopt -->"

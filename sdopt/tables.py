@@ -207,7 +207,7 @@ def markdown(result):
     cells = table(result)
     grid = _grid(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
-    return f"{_first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
+    return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
 
 
 def _grid(header, *lines, words):
@@ -224,29 +224,8 @@ def _versions(result):
     return ", ".join(f"{name} {result['environment'][name]}" for name in names)
 
 
-def _first_upper(words):
+def first_upper(words):
     return words[0].upper() + words[1:]
-
-
-def headline(result):
-    """One sentence on a path study: its two ends, and the recommended path where it was measured."""
-    first, last = figures.ends_of(result)
-    said = (
-        f"The same prompt and the same noise, by the baseline in {figures.seconds(first['latency_s']['median'])} and "
-        f"at the end of the path in {figures.seconds(last['latency_s']['median'])}: {_times_faster(last, first)} on "
-        f"{result['environment']['gpu'] or result['environment']['cpu']}."
-    )
-    for row in _measured(result):
-        if row["id"] == "recommended":
-            median = figures.seconds(row["latency_s"]["median"])
-            said += f" {_first_upper(row['label'])} takes {median}: {_times_faster(row, first)} than the baseline."
-    if result["settings"]["weights"] == "random":
-        said += " The weights are random: the times are the model's, the pictures are noise."
-    return said
-
-
-def _times_faster(row, other):
-    return f"{results.compare(row, other, about=SUBJECTS)['speedup']:.1f} times faster"
 
 
 def published(content):

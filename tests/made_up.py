@@ -90,13 +90,24 @@ def bench_result(**settings):
         r["quality"] = r["quality"] if judged else None
         r["gpu"] = {"sm_clock_mhz": seen(1700 + 10 * n), "power_w": seen(600 - n), "temperature_c": seen(50)}
         r["as_run"] = {"compiled": None, "unet_dtype": dtype, "vae_dtype": dtype}
+        r["unet_kernels"] = [kernels(2, 10.0)]
         r["as_run"]["attention"] = ["math"] if plain else ["cudnn", "flash"] if n == 2 else ["cudnn"]
         if n > 2 and not plain:
             r["as_run"]["compiled"] = "whole"
             r["first_calls"] = {"cold_s": 210.0 + n, "compiled": 1, "found": int(n == 4), "warm_s": 12.0 + n}
             r["first_call_s"] = r["first_calls"]["cold_s"]
+    last = made["rows"][-1]
+    last["unet_kernels"] += [kernels(1, 6.0)]
+    last["settings"] |= {"cutoff": 0.4, "steps": 20}
+    last["stages_ms"] |= {"unet_calls": 20}
     made["rows"] += extras
     return made
+
+
+def kernels(samples, ms):
+    """What a profile says of a UNet call of `ms` milliseconds."""
+    shares = {"attention": 0.1, "convolution": 0.2, "matrix product": 0.5, "other": 0.2}
+    return {"samples": samples, "ms": {kind: share * ms for kind, share in shares.items()}}
 
 
 def seen(median):
@@ -114,7 +125,13 @@ def peers_result(**settings):
         if i == "eager_fp16":
             as_run |= {"unet_dtype": "float16", "vae_dtype": "float32"}
         latency = {"median": runs[2], "p20": runs[1], "p80": runs[3], "runs": runs}
-        more = {"label": label, "quality": None, "latency_s": latency, "as_run": as_run}
+        more = {
+            "label": label,
+            "quality": None,
+            "latency_s": latency,
+            "as_run": as_run,
+            "unet_kernels": [kernels(2, 30.0)],
+        }
         if "compile" in i or i == "tutorial_recipe":
             calls = {"cold_s": 100 * seconds, "compiled": 2, "found": 0, "warm_s": 10 * seconds}
             more |= {"first_calls": calls, "first_call_s": calls["cold_s"]}

@@ -3,10 +3,10 @@ import pytest
 from made_up import IDS, bench_result, result, run_folder
 from PIL import Image
 
-from sdopt import figures, pathfigures, results
+from sdopt import figures, pathfigures, results, timefigures
 from sdopt.errors import UserError
 
-ALL = [pathfigures.path_figure, pathfigures.stages_figure, pathfigures.before_and_after]
+ALL = [pathfigures.path_figure, timefigures.stages_figure, pathfigures.before_and_after]
 
 
 def drawn(tmp_path, draw, made=None):
@@ -81,23 +81,12 @@ def test_noise_has_no_strip_of_pictures_and_is_named(tmp_path, shown):
     assert "random weights" in shown[0].get_suptitle()
 
 
-def test_stages_are_shown_as_shares_and_milliseconds(tmp_path, shown):
-    draw(result(), tmp_path, pathfigures.stages_figure)
-    shares, table = shown[0].axes
-    widths = [bar.get_width() for bar in shares.patches]
-    assert len(widths) == 5 * len(IDS)
-    assert sum(widths[:5]) == pytest.approx(100)
-    assert widths[1] == pytest.approx(100 * 3400 / 4000)
-    words = [text.get_text() for text in table.texts]
-    assert words[:6] == ["9.0", "3,400", "6.0", "360", "225", "4,000"]
-
-
 def test_before_and_after_are_the_ends_of_the_nine_steps(tmp_path, shown):
     draw(bench_result(weights="hub"), tmp_path, pathfigures.before_and_after)
     assert [axes.get_title() for axes in shown[0].axes] == ["the baseline: 4.00 s", "after 8 more steps: 0.800 s"]
 
 
-@pytest.mark.parametrize("what", [pathfigures.path_figure, pathfigures.stages_figure])
+@pytest.mark.parametrize("what", [pathfigures.path_figure, timefigures.stages_figure])
 def test_a_path_of_which_nothing_worked_is_drawn_all_the_same(tmp_path, shown, what):
     failed = result()
     failed["rows"] = [{"id": "bf16", "label": "bf16", "settings": {}, "status": "failed: out of memory"}]

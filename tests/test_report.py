@@ -26,8 +26,8 @@ NOTEBOOK = "notebooks/10_the_whole_path.ipynb"
 PATH, PEERS = "figures/data/cpu-2-cores/pocket-path.json", "figures/data/some-gpu/sdxl-peers.json"
 FIGURES = [
     *(f"cpu-2-cores-pocket-path{suffix}.png" for suffix in ("", "-stages", "-before-after")),
-    *(f"some-gpu-sdxl-path{suffix}.png" for suffix in ("", "-stages")),
-    *(f"some-gpu-sdxl-peers{suffix}.png" for suffix in ("", "-attention")),
+    *(f"some-gpu-sdxl-path{suffix}.png" for suffix in ("", "-stages", "-kernels")),
+    *(f"some-gpu-sdxl-peers{suffix}.png" for suffix in ("", "-attention", "-kernels")),
 ]
 
 
@@ -52,7 +52,8 @@ def checkout(data, monkeypatch):
         target.write_text(report.figures.digest(report._drawings(recorded_in(target, data))[0]))
 
     for module, names in (
-        (report.pathfigures, ("path_figure", "stages_figure", "before_and_after")),
+        (report.pathfigures, ("path_figure", "before_and_after")),
+        (report.timefigures, ("stages_figure", "kernels_figure")),
         (report.peerfigures, ("peers_figure", "attention_figure")),
     ):
         for name in names:
@@ -109,7 +110,7 @@ def test_what_no_longer_matches_is_stale(checkout, spoiled):
     [
         (PATH, ('"median": 4.0', '"median": 3.9'), [*FIGURES[:3], "README.md"]),
         (PATH, ('"vae": 360.0', '"vae": 361.0'), FIGURES[:3]),
-        (PEERS, ('"median": 1.7,', '"median": 1.6,'), [*FIGURES[5:], "README.md"]),
+        (PEERS, ('"median": 1.7,', '"median": 1.6,'), [*FIGURES[6:], "README.md"]),
     ],
 )
 def test_one_number_of_a_measurement_edited_makes_what_shows_it_stale(checkout, source, edit, stale):

@@ -135,7 +135,8 @@ def linears(device, shapes=LINEARS):
     found = []
     for rows, inputs, outputs in tqdm(shapes, desc="int8 layers"):
         plain, rounded = (torch.nn.Linear(inputs, outputs).to(device, half) for _ in range(2))
-        compiled = torch.compile(quantization.int8_layer(rounded), dynamic=False, options=options)
+        torch.compiler.reset()  # a graph a shape, of which PyTorch keeps no more than a few
+        compiled = torch.compile(quantization.int8_layer(rounded), fullgraph=True, dynamic=False, options=options)
         x = torch.randn(rows, inputs, device=device).to(half)
         a, b = _whole_numbers(x), _whole_numbers(plain.weight)
         ways = {"half": lambda: plain(x), "int8": lambda: compiled(x), "product": lambda: torch._int_mm(a, b.T)}

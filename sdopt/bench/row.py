@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from sdopt import attention, compilation, drawing, models, path, quantization, results, schedulers, timing
+from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
 from sdopt.bench import sensors
 from sdopt.bench.process import RowFailed, summary
 from sdopt.errors import UserError
@@ -133,8 +133,9 @@ def measure(state, tell, job):
 
 def how_it_ran(pipe, job, call_kwargs, memory_of):
     """What a row says of itself beside its numbers; draws two more steps, under the profiler."""
-    switches = as_run(pipe) | {"peak_memory_of": memory_of} | attended(pipe, job, call_kwargs)
-    return {"drawn_with": drawn_with(pipe, job, call_kwargs), "as_run": switches}
+    attended, kernels = unet_profile(pipe, job, call_kwargs)
+    switches = as_run(pipe) | {"peak_memory_of": memory_of} | attended
+    return {"drawn_with": drawn_with(pipe, job, call_kwargs), "as_run": switches} | kernels
 
 
 def drawn_with(pipe, job, call_kwargs):
@@ -162,22 +163,32 @@ def as_run(pipe):
     }
 
 
-def attended(pipe, job, call_kwargs):
-    """{"attention": which kernels attended in the UNet}, from a profile of two more steps."""
-    found = set()
+def unet_profile(pipe, job, call_kwargs):
+    """Which kernels attend in the UNet, and its calls' kernels by kind, from a profile of two more steps.
 
-    def profiled(run, *args, **kwargs):
-        results_of_call = []
-        found.update(attention.attended_by(lambda: results_of_call.append(run(*args, **kwargs))))
-        return results_of_call[0]
+    ({"attention": [...]}, {"unet_kernels": [{"samples", "ms": {kind: ms}}]}), of the latter one for each
+    batch that the UNet sees; empty on a CPU, which has no kernels to see.
+    """
+    calls = {}
+
+    def profiled(run, sample, *args, **kwargs):
+        answer = []
+        calls[len(sample)] = profiling.profile(lambda: answer.append(run(sample, *args, **kwargs)))
+        return answer[0]
 
     draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": 2})
     try:
         with timing.around_calls(pipe.unet, profiled):
             draw(0, "latent")
     except RuntimeError as error:  # a profiler that is refused (in some containers) is no reason to lose the row
-        return {"attention": None, "attention_unknown": summary(error)}
-    return {"attention": sorted(found)}
+        return {"attention": None, "attention_unknown": summary(error)}, {}
+    attended = {backend for seen in calls.values() for backend in attention.backends_in(seen.names)}
+    kernels = [
+        {"samples": n, "ms": {kind: 1e3 * s for kind, s in profiling.by_kind(seen.kernels).items()}}
+        for n, seen in calls.items()
+        if seen.kernels
+    ]
+    return {"attention": sorted(attended)}, {"unet_kernels": kernels} if kernels else {}
 
 
 def _vae_dtype(pipe):

@@ -1,0 +1,53 @@
+import pytest
+
+from sdopt import path, profiling
+from sdopt.bench import row
+from sdopt.profiling import Profile
+
+
+def job(steps):
+    task = {"height": 64, "width": 64, "steps": 4, "guidance_scale": 5.0, "prompts": (("a cube",),), "seeds": ((0,),)}
+    recipe = row.Recipe("last", "last", steps)
+    return row.Job(recipe, "sdxl", "random", "cpu", scheduler="euler", **task)
+
+
+@pytest.fixture
+def profiled(sdxl):
+    """A function that prepares a pipeline by some steps and returns what a row says of its UNet."""
+
+    def of(*steps):
+        pipe, call_kwargs = path.prepare(sdxl, steps)
+        return row.unet_profile(pipe, job(steps), call_kwargs)
+
+    return of
+
+
+def test_a_row_on_a_cpu_knows_who_attended_and_no_kernels(profiled):
+    assert profiled("sdpa") == ({"attention": ["flash"]}, {})
+
+
+def test_a_row_knows_the_kernels_of_each_batch_its_unet_sees(profiled, monkeypatch):
+    times = iter((0.004, 0.003))
+
+    def profile(call):
+        call()
+        return Profile(frozenset(("aten::mm",)), {"nvjet_sm90": next(times), "cudnn_sdpa_fprop": 0.001})
+
+    monkeypatch.setattr(profiling, "profile", profile)
+    attended, kernels = profiled("sdpa", "cfg_cutoff")
+    assert attended == {"attention": ["cudnn"]}
+    assert [call["samples"] for call in kernels["unet_kernels"]] == [2, 1]
+    for call, product in zip(kernels["unet_kernels"], (4.0, 3.0), strict=True):
+        assert call["ms"] == pytest.approx(
+            {"attention": 1.0, "convolution": 0.0, "matrix product": product, "other": 0.0}
+        )
+
+
+def test_a_profiler_that_is_refused_costs_no_row(profiled, monkeypatch):
+    def refuse(call):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(profiling, "profile", refuse)
+    attended, kernels = profiled("sdpa")
+    assert attended == {"attention": None, "attention_unknown": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
+    assert kernels == {}

@@ -1,0 +1,41 @@
+import pytest
+from made_up import bench_result, result
+
+from sdopt import sentences
+from sdopt.errors import UserError
+
+
+def test_the_headline_ends_with_the_ninth_step_and_names_the_recommended_path():
+    told = sentences.headline(bench_result())
+    assert "by the baseline in 4.00 s and at the end of the path in 0.800 s: 5.0 times faster on Some GPU." in told
+    assert "The path without int8 takes 0.500 s: 8.0 times faster than the baseline." in told
+    assert "The weights are random" in told
+    assert "random" not in sentences.headline(result())
+
+
+def test_without_a_baseline_there_is_no_headline_and_no_budget():
+    part = result()
+    part["rows"] = part["rows"][1:3]
+    for sentence in (sentences.headline, sentences.budget):
+        with pytest.raises(UserError, match="no baseline"):
+            sentence(part)
+
+
+def test_the_budget_counts_each_call_with_the_batch_it_had():
+    told = sentences.budget(bench_result())
+    # 8 calls of 10 ms and 12 of 6, of which a tenth is attention and half are products
+    assert "a picture takes 800 ms, of which the UNet's kernels are busy for 152: " in told
+    assert "8 calls of 10.0 ms on 2 samples and 12 calls of 6.0 ms on 1 sample." in told
+    assert "By kind: attention 15 ms, convolution 30 ms, matrix product 76 ms, other 30 ms." in told
+    assert "the path would be 26.3 times faster than the baseline; it is 5.0 times faster." in told
+
+
+def test_the_budget_of_a_path_without_a_cutoff_has_one_batch():
+    made = bench_result()
+    made["rows"] = made["rows"][:8]
+    assert "busy for 300: 30 calls of 10.0 ms on 2 samples. By kind" in sentences.budget(made)
+
+
+def test_without_a_profile_there_is_no_budget():
+    with pytest.raises(UserError, match="pocket-path has no profile of cfg_cutoff: measure it on a GPU"):
+        sentences.budget(result())
