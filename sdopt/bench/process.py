@@ -14,7 +14,7 @@ from sdopt.errors import UserError
 
 # What every row imports anyway, loaded once into the fork server. Importing neither runs an op nor starts CUDA there.
 PRELOAD = ["sdopt.bench.row"]
-TIMED = "stages"  # the phase after the timed calls: from here on another process disturbs nothing
+TIMED = "a look at its kernels"  # the phase after all that is timed: from here on another process disturbs nothing
 GRACE_S = 20.0  # for a process that has answered to put its things away
 
 

@@ -12,7 +12,7 @@ import transformers
 
 from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
 from sdopt.bench import sensors
-from sdopt.bench.process import RowFailed, summary
+from sdopt.bench.process import TIMED, RowFailed, summary
 from sdopt.errors import UserError
 
 
@@ -125,7 +125,7 @@ def measure(state, tell, job):
     )
     memory_of = numbers.pop("peak_memory_of")
     _keep_artifacts(job)
-    tell("a look at its kernels")
+    tell(TIMED)
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
     numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
     return numbers, [[np.asarray(image) for image in images] for images in pictures]
