@@ -2,13 +2,14 @@ import pytest
 
 from sdopt import path, profiling
 from sdopt.bench import row
+from sdopt.errors import UserError
 from sdopt.profiling import Profile
 
 
-def job(steps):
+def job(steps, cache=None):
     task = {"height": 64, "width": 64, "steps": 4, "guidance_scale": 5.0, "prompts": (("a cube",),), "seeds": ((0,),)}
     recipe = row.Recipe("last", "last", steps)
-    return row.Job(recipe, "sdxl", "random", "cpu", scheduler="euler", **task)
+    return row.Job(recipe, "sdxl", "random", "cpu", scheduler="euler", cache=cache, **task)
 
 
 @pytest.fixture
@@ -51,3 +52,14 @@ def test_a_profiler_that_is_refused_costs_no_row(profiled, monkeypatch):
     attended, kernels = profiled("sdpa")
     assert attended == {"attention": None, "attention_unknown": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
     assert kernels == {}
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"no archive", bytes.fromhex("fd377a585a000004e6d6b446")], ids=["none", "else", "part"]
+)
+def test_a_damaged_cache_is_named_with_its_mend(tmp_path, left, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set by the row, put back after the test")
+    one = job(("compile",), tmp_path)
+    one.artifacts.write_bytes(left)
+    with pytest.raises(UserError, match=r"sdxl-last.bin.xz is damaged: delete it"):
+        row.prepare(one, lambda phase: None)

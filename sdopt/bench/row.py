@@ -1,5 +1,6 @@
 """What happens in the process of one row: load, prepare, draw, time, look."""
 
+import lzma
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Job:
     @property
     def artifacts(self):
         """The compiler's work for this row in one file, for a machine that has no cache yet."""
-        return self.cache / f"{self.model}-{self.recipe.id}.bin" if self.cache and self.recipe.compiles else None
+        return self.cache / f"{self.model}-{self.recipe.id}.bin.xz" if self.cache and self.recipe.compiles else None
 
 
 def prepare(job, tell):
@@ -65,8 +66,7 @@ def prepare(job, tell):
     torch.backends.cudnn.benchmark = str(job.device).startswith("cuda")
     if job.cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.cache / "inductor")
-    if job.artifacts and job.artifacts.exists():
-        torch.compiler.load_cache_artifacts(job.artifacts.read_bytes())
+    _load_artifacts(job)
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
     tell("preparing")
@@ -197,7 +197,15 @@ def _vae_dtype(pipe):
     return torch.float32 if upcast and hasattr(pipe, "upcast_vae") else pipe.vae.dtype
 
 
+def _load_artifacts(job):
+    if job.artifacts and job.artifacts.exists():
+        try:
+            torch.compiler.load_cache_artifacts(lzma.decompress(job.artifacts.read_bytes()))
+        except (lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{job.artifacts} is damaged: delete it, and what it held is compiled anew") from error
+
+
 def _keep_artifacts(job):
     saved = torch.compiler.save_cache_artifacts() if job.artifacts else None
     if saved:
-        results.write_whole(job.artifacts, saved[0])
+        results.write_whole(job.artifacts, lzma.compress(saved[0], preset=1))  # a tenth of it, or less
