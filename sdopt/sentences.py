@@ -2,7 +2,6 @@
 
 from sdopt import figures, results
 from sdopt.bench.notes import SUBJECTS
-from sdopt.errors import UserError
 from sdopt.tables import first_upper
 
 
@@ -24,28 +23,34 @@ def headline(result):
 
 
 def budget(result):
-    """Where the time of the whole path goes: what its UNet's kernels take, and so what no work on the rest can beat.
+    """Where the time of the whole path goes, and so how much faster work on anything but the UNet could make it.
 
-    Raises UserError for a study whose cfg_cutoff has no profile of its kernels.
+    On a GPU also what its UNet's kernels take, by kind.
     """
     first, row = figures.ends_of(result)
-    profiled = sorted(row.get("unet_kernels", ()), key=lambda call: -call["samples"])
-    if not profiled:
-        raise UserError(f"{result['study']} has no profile of {row['id']}: measure it on a GPU with `sdopt bench`")
+    stages = {stage: 1e3 * seconds for stage, seconds in figures.stages_s(row).items()}
+    beside = ", ".join(f"{figures.NAMES[i]} {stages[i]:.0f}" for i in stages if i != "unet")
+    told = (
+        f"At the end of the path a picture takes {1e3 * row['latency_s']['median']:.0f} ms, of which the UNet's "
+        f"{row['stages_ms']['unet_calls']} calls take {stages['unet']:.0f} ({beside}). Were nothing left but these calls "
+        f"as they are, the path would be {1e3 * first['latency_s']['median'] / stages['unet']:.1f} times faster than the "
+        f"baseline; it is {_times_faster(row, first)}."
+    )
+    return f"{told} {_kernels(row)}" if row.get("unet_kernels") else told
+
+
+def _kernels(row):
+    profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
     calls = row["stages_ms"]["unet_calls"]
     guided = max(1, round(row["settings"].get("cutoff", 1.0) * calls)) if len(profiled) > 1 else calls
-    counted = [(n, call) for n, call in zip((guided, calls - guided), profiled, strict=False)]
+    counted = list(zip((guided, calls - guided), profiled, strict=False))
     kinds = {kind: sum(n * call["ms"][kind] for n, call in counted) for kind in profiled[0]["ms"]}
-    kernels, whole, stages = sum(kinds.values()), 1e3 * row["latency_s"]["median"], row["stages_ms"]
     each = " and ".join(
-        f"{n} calls of {sum(call['ms'].values()):.1f} ms on {_samples(call['samples'])}" for n, call in counted
+        f"{n} of {sum(call['ms'].values()):.1f} ms on {_samples(call['samples'])}" for n, call in counted
     )
+    by_kind = ", ".join(f"{kind} {ms:.0f}" for kind, ms in kinds.items())
     return (
-        f"At the end of the path a picture takes {whole:.0f} ms, of which the UNet's kernels are busy for "
-        f"{kernels:.0f}: {each}. By kind: {', '.join(f'{kind} {ms:.0f} ms' for kind, ms in kinds.items())}. The text "
-        f"encoder takes {stages['text_encoder']:.0f} ms, the VAE {stages['vae']:.0f}. Were nothing left but the UNet's "
-        f"kernels as they are, the path would be {1e3 * first['latency_s']['median'] / kernels:.1f} times faster than "
-        f"the baseline; it is {_times_faster(row, first)}."
+        f"The GPU's kernels are busy for {sum(kinds.values()):.0f} ms of the calls' time, {each}; by kind: {by_kind}."
     )
 
 
