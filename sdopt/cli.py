@@ -101,6 +101,8 @@ def _run(options):
 def _bench(options):
     from sdopt import report, results
     from sdopt.bench import peers, studies, walk
+    from sdopt.bench.judge import Judge
+    from sdopt.bench.ledger import Ledger, head
 
     study = studies.study(options.study)
     device = _device(options)
@@ -111,14 +113,21 @@ def _bench(options):
     if not 0 < options.limit < float("inf"):
         raise UserError(f"--limit {options.limit:g} is no time a call may take: give seconds, or leave it out")
     every = studies.rows_of(study, device, shared["steps"])
-    rows = studies.chosen(every, options.only)
+    rows, order = studies.chosen(every, options.only), [row.id for row in every]
     if options.dry_run:
-        machine = results.machine_name(results.environment(device))
-        print(report.plan(study, rows, studies.estimate(rows, report.recorded(machine, study.name), shared), machine))
+        ledger = Ledger(
+            Path(options.out) / f"{study.name}.json",
+            head(study.name, shared, device, Judge(shared).prompts, "bench"),
+            order,
+            resume=True,
+            retry=options.retry,
+        )
+        machine = results.machine_name(ledger.result["environment"])
+        estimates = studies.estimate(rows, report.recorded(machine, study.name), shared)
+        print(report.plan(study, rows, estimates, machine, [row.id for row in rows if ledger.is_done(row.id)]))
         return 0
     studies.check_room(options.out)
     _download(shared)
-    order = [row.id for row in every]
     if study.kind == "path":
         with _progress(len(rows), "row") as progress:
             result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from sdopt.errors import UserError
+from sdopt.timing import compiled_parts
 
 # The tutorial's flags, for GPUs. They go to torch.compile as options: set as globals they would hold for the whole
 # process, and put back before the first call (when compiling happens) they would be silently ignored.
@@ -160,5 +161,4 @@ def _options(mode, cuda, kind):
 
 
 def _compiled_regions(pipe):
-    inner = (part for part in pipe.unet.modules() if part is not pipe.unet)
-    return sum(part._compiled_call_impl is not None for part in inner)
+    return compiled_parts(pipe.unet) - (pipe.unet._compiled_call_impl is not None)

@@ -127,5 +127,4 @@ def all_finite(pipe, draw):
 
 def is_compiled(pipe) -> bool:
     """Whether torch.compile has been asked for the UNet or the VAE, or for parts of them."""
-    parts = (part for model in (pipe.unet, pipe.vae) for part in model.modules())
-    return any(part._compiled_call_impl is not None for part in parts)
+    return any(timing.compiled_parts(model) for model in (pipe.unet, pipe.vae))

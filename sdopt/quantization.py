@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from sdopt.errors import UserError
+from sdopt.timing import compiled_parts
 
 SMALLEST = 64
 
@@ -145,7 +146,7 @@ def int8(pipe, anyway: bool = False):
     Raises UserError when the pipeline is compiled already.
     Source: diffusers' "Accelerate inference" tutorial; https://github.com/pytorch/ao. Introduced in notebooks/06_int8.
     """
-    if any(part._compiled_call_impl is not None for model in _models(pipe).values() for part in model.modules()):
+    if any(compiled_parts(model) for model in _models(pipe).values()):
         raise UserError("a compiled pipeline cannot be quantised: load it again and apply int8 before compile")
     quantization = _torchao()
     layers = explain(pipe, anyway)

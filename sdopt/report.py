@@ -27,22 +27,25 @@ def recorded(machine, study, root=None):
     return results.read(path) if path.exists() else None
 
 
-def plan(study, rows, estimates, machine):
+def plan(study, rows, estimates, machine, done=()):
     """What `sdopt bench --dry-run` prints: a line a row with the time it may take, and the sum.
 
-    `estimates` is {row id: seconds}, from a result recorded on `machine`.
+    `estimates` is {row id: seconds}, from a result recorded on `machine`; `done` the ids of rows that need no more work.
     """
-    took = {row.id: _duration(estimates[row.id]) if row.id in estimates else "no estimate" for row in rows}
+    left = [row for row in rows if row.id not in done]
+    took = {row.id: _duration(estimates[row.id]) if row.id in estimates else "no estimate" for row in left}
+    took |= dict.fromkeys(done, "done")
     ids, labels, times = (max(map(len, column), default=0) for column in (took, [r.label for r in rows], took.values()))
     lines = [f"{row.id:{ids}}  {row.label:{labels}}  {took[row.id]:>{times}}" for row in rows]
-    unknown = len(rows) - len(estimates)
-    total = f"{len(rows)} rows: about {_duration(sum(estimates.values()))}"
-    if not estimates:
-        total = (
-            f"{len(rows)} rows; nothing of {study.name} is recorded on {machine}, so how long they take is not known"
-        )
-    elif unknown:
-        total += f", and {unknown} more without an estimate"
+    known = [estimates[row.id] for row in left if row.id in estimates]
+    counted = f"{len(left)} row{'s' * (len(left) != 1)}" + (f" left of {len(rows)}" if done else "")
+    total = f"{counted}: about {_duration(sum(known))}"
+    if not left:
+        total = f"all {len(rows)} rows are done: `sdopt report --add` takes them into figures/data"
+    elif not known:
+        total = f"{counted}; nothing of {study.name} is recorded on {machine}, so how long they take is not known"
+    elif len(known) < len(left):
+        total += f", and {len(left) - len(known)} more without an estimate"
     return "\n".join([f"{study.name}: {MEASURED[study.kind]}", "", *lines, "", total])
 
 

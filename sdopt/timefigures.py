@@ -7,7 +7,7 @@ from sdopt.figures import INK, NAMES, QUIET, STAGES
 from sdopt.pathfigures import set_apart, sources
 
 KERNELS = {"matrix product": "#0072B2", "convolution": "#56B4E9", "attention": "#E69F00", "other": "#BBBBBB"}
-SHOWN = {"matrix product": "matrix products", "convolution": "convolutions", "other": "norms, pointwise, copies"}
+SHOWN = {"matrix product": "matrix products", "convolution": "convolutions"}
 DARK = ("#009E73", "#0072B2")  # white is read on these, ink on the others
 SEEN = 0.045  # the least share of a bar that has room for its number
 
@@ -49,7 +49,9 @@ def kernels_figure(result_path, pictures, target):
     kinds = {kind: (SHOWN.get(kind, kind), colour) for kind, colour in KERNELS.items()}
     figure, shares = _drawn(lines, kinds, "sum")
     shares.set_xlabel("share of the kernels' time, %", color=QUIET)
-    figure.axes[1].set_xlabel("milliseconds of the GPU in one UNet call", color=QUIET)
+    figure.axes[1].set_xlabel(
+        "milliseconds of the GPU in one UNet call\nother: norms, pointwise work, copies", color=QUIET
+    )
     figures.title(figure, "What the GPU does in a UNet call", result)
     figures.save(figure, target, sources(result_path, pictures))
 

@@ -224,6 +224,11 @@ def swapped(owner, name, function):
             object.__delattr__(owner, name)
 
 
+def compiled_parts(module) -> int:
+    """How many modules within `module`, itself among them, torch.compile has been asked for."""
+    return sum(part._compiled_call_impl is not None for part in module.modules())
+
+
 def around_calls(module, around):
     """A context in which a call of `module` is `around(run, *args, **kwargs)`, where `run` is the call itself.
 

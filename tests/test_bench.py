@@ -70,7 +70,7 @@ def test_a_worker_keeps_its_state_and_outlives_what_it_was_refused():
 
 def answer_late(state, tell, job):
     tell("timing")
-    tell(process.TIMED)
+    tell(process.KEEPING)
     return "done"
 
 
@@ -78,7 +78,7 @@ def test_the_next_worker_is_started_once_the_timing_is_over_and_none_is_left_beh
     seen = []
     with process.Fresh(CPU, ahead=True) as fresh:
         assert fresh.call(answer_late, "job", on_phase=lambda phase: seen.append((phase, fresh._next))) == "done"
-        assert [phase for phase, _ in seen] == ["timing", process.TIMED] and seen[0][1] is None
+        assert [phase for phase, _ in seen] == ["timing", process.KEEPING] and seen[0][1] is None
         waiting = seen[1][1]
         assert waiting._process.is_alive()
         with fresh.take() as worker:

@@ -214,3 +214,11 @@ def test_a_plan_says_what_it_does_not_know():
     assert "half precision  no estimate" in plan
     assert plan.endswith("about 30 s, and 1 more without an estimate")
     assert "nothing of sdxl-path is recorded on some-gpu" in report.plan(STUDY, ROWS, {}, "some-gpu")
+
+
+def test_a_plan_knows_what_is_done():
+    estimates = {"bf16": 65.4, "sdpa": 30.0}
+    lines = report.plan(STUDY, ROWS, estimates, "some-gpu", ["bf16"]).splitlines()
+    assert lines[2:4] == ["bf16  half precision  done", "sdpa  attention       30 s"]
+    assert lines[-1] == "1 row left of 2: about 30 s"
+    assert "all 2 rows are done" in report.plan(STUDY, ROWS, estimates, "some-gpu", ["bf16", "sdpa"])

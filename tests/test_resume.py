@@ -193,13 +193,13 @@ def test_pictures_of_other_settings_are_not_compared_with(tmp_path):
 
 def test_another_machine_starts_warm_from_what_was_exported(tmp_path):
     """A real compilation, of one call of one step: found again without Inductor's own folder, from the exported file."""
-    shared = studies.settings("pocket", height=64, width=64, steps=1, runs=1)
-    rows = [Recipe("compile", "compile", ("bf16", "sdpa", "compile"))]
-    one = walk.walk(shared, rows, "cpu", tmp_path / "one", resume=True)["rows"][0]
-    assert one["first_calls"]["compiled"] > 0 and one["first_calls"]["cold_s"] > one["first_calls"]["warm_s"]
-    assert one["graphs"]["compiled"] == 0, "the second process found all that the first had compiled"
-    shutil.copytree(tmp_path / "one" / "cache", tmp_path / "two" / "cache")
-    shutil.rmtree(tmp_path / "two" / "cache" / "inductor")
-    two = walk.walk(shared, rows, "cpu", tmp_path / "two", resume=True)["rows"][0]
-    assert two["status"] == "ok" and two["first_calls"]["cold_s"] is None
-    assert two["first_calls"]["found"] == one["graphs"]["found"]
+    shared, told = studies.settings("pocket", height=64, width=64, steps=1, runs=1), []
+    recipe = Recipe("compile", "compile", ("bf16", "sdpa", "compile"))
+    one, two = (walk.job_of(recipe, shared, Judge(shared), "cpu", tmp_path / name) for name in ("one", "two"))
+    with process.Fresh(CPU, ahead=False) as fresh:
+        there = walk.cold(fresh, one, told.append, 300)
+        assert there["compiled"] > 0 and there["cold_s"] > 0 and process.KEEPING in told
+        two.artifacts.parent.mkdir()
+        shutil.copy(one.artifacts, two.artifacts)
+        here = walk.cold(fresh, two, told.append, 300)
+    assert here == {"cold_s": None, "compiled": 0, "found": there["compiled"]}

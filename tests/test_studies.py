@@ -4,7 +4,8 @@ from made_up import row as made_up_row
 from tiny import draw
 
 from sdopt import path, quantization, report
-from sdopt.bench import recipes, studies
+from sdopt.bench import ledger, recipes, studies
+from sdopt.bench.judge import Judge
 from sdopt.bench.row import Recipe
 from sdopt.cli import main
 from sdopt.compilation import compiled_kind
@@ -63,6 +64,18 @@ def test_a_dry_run_lists_the_rows_and_writes_nothing(capsys, tmp_path, monkeypat
     out = capsys.readouterr().out
     assert all(i in out for i in (*path.NUMBERS, *EXTRAS, "recommended")) and "26 s" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_knows_what_is_done_and_what_would_be_refused(capsys, tmp_path):
+    shared = studies.settings("pocket")
+    about = ledger.head("pocket-path", shared, "cpu", Judge(shared).prompts, "bench")
+    ledger.Ledger(tmp_path / "pocket-path.json", about, ["bf16"]).put(made_up_row("bf16", 1.0))
+    asked = ["bench", "pocket-path", "--dry-run", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    assert "half precision" in out and "  done\n" in out and " rows left of " in out
+    assert main([*asked, "--steps", "5"]) == 2
+    assert "measured with another steps: give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

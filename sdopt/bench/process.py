@@ -14,7 +14,8 @@ from sdopt.errors import UserError
 
 # What every row imports anyway, loaded once into the fork server. Importing neither runs an op nor starts CUDA there.
 PRELOAD = ["sdopt.bench.row"]
-TIMED = "a look at its kernels"  # the phase after all that is timed: from here on another process disturbs nothing
+# The phases after all that is timed: from there on another process disturbs nothing.
+PROFILING, KEEPING = "a look at its kernels", "keeping what was compiled"
 GRACE_S = 20.0  # for a process that has answered to put its things away
 
 
@@ -157,7 +158,7 @@ class Fresh:
         """One call in a worker of its own, as `Worker.call`."""
 
         def told(phase):
-            if phase == TIMED:
+            if phase in (PROFILING, KEEPING):
                 self.start_next()
             on_phase(phase)
 

@@ -13,7 +13,7 @@ import transformers
 
 from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
 from sdopt.bench import sensors
-from sdopt.bench.process import TIMED, RowFailed, summary
+from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
 
@@ -85,6 +85,7 @@ def first_call(state, tell, job):
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(f"first call{', which compiles' * drawing.is_compiled(pipe)}")
     seconds = timing.seconds_of(state["draw"], job.device)
+    tell(KEEPING)
     _keep_artifacts(job)
     return {"first_call_s": seconds, "graphs": compilation.graphs_so_far()}
 
@@ -124,8 +125,8 @@ def measure(state, tell, job):
         **call_kwargs,
     )
     memory_of = numbers.pop("peak_memory_of")
+    tell(PROFILING)
     _keep_artifacts(job)
-    tell(TIMED)
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
     numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
     return numbers, [[np.asarray(image) for image in images] for images in pictures]
@@ -206,6 +207,8 @@ def _load_artifacts(job):
 
 
 def _keep_artifacts(job):
-    saved = torch.compiler.save_cache_artifacts() if job.artifacts else None
-    if saved:
-        results.write_whole(job.artifacts, lzma.compress(saved[0], preset=1))  # a tenth of it, or less
+    """Export what this process compiled, or found where no export is."""
+    if job.artifacts and (compilation.graphs_so_far()["compiled"] or not job.artifacts.exists()):
+        saved = torch.compiler.save_cache_artifacts()
+        if saved:
+            results.write_whole(job.artifacts, lzma.compress(saved[0], preset=1))  # a tenth of it, or less
