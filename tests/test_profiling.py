@@ -87,5 +87,5 @@ def test_a_graphs_kernels_are_seen_with_their_times():
     for _ in range(3):
         step(a)
     kinds = profiling.by_kind(profiling.profile(lambda: step(a)).kernels)
-    assert kinds["matrix product"] > 10 * kinds["attention"] == 0
+    assert kinds["matrix product"] > 0 and kinds["attention"] == 0
     assert 50e-6 < sum(kinds.values()) < 5e-3, "137 GFLOP take a large GPU a fraction of a millisecond"
