@@ -36,6 +36,14 @@ def cutoff(pipe, fraction: float = 0.4) -> dict:
     return {} if fraction == 1 else interval(pipe, 0.0, fraction)
 
 
+def guided_steps(stop: float, steps: int) -> int:
+    """How many of `steps` are guided when guidance ends after the share `stop` of them: never fewer than the first.
+
+    Introduced in notebooks/09_cfg_cutoff.
+    """
+    return max(1, round(stop * steps))
+
+
 def interval(pipe, start: float, stop: float) -> dict:
     """Guide from `start` to `stop` (shares of the steps, 0 <= start < stop <= 1); returns the call's keywords.
 
@@ -54,7 +62,7 @@ def interval(pipe, start: float, stop: float) -> dict:
             call.update(scale=pipe.guidance_scale, on=pipe.do_classifier_free_guidance, tensors=dict(tensors))
         if not call["on"]:
             return tensors
-        first, last = round(start * pipe.num_timesteps), max(1, round(stop * pipe.num_timesteps))
+        first, last = round(start * pipe.num_timesteps), guided_steps(stop, pipe.num_timesteps)
         guided = first <= step + 1 < last
         if guided == pipe.do_classifier_free_guidance:
             return tensors

@@ -2,6 +2,7 @@
 
 from sdopt import figures, results
 from sdopt.bench.notes import SUBJECTS
+from sdopt.guidance import guided_steps
 from sdopt.tables import first_upper
 
 
@@ -42,7 +43,7 @@ def budget(result):
 def _kernels(row):
     profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
     calls = row["stages_ms"]["unet_calls"]
-    guided = max(1, round(row["settings"].get("cutoff", 1.0) * calls)) if len(profiled) > 1 else calls
+    guided = guided_steps(row["settings"].get("cutoff", 1.0), calls) if len(profiled) > 1 else calls
     counted = list(zip((guided, calls - guided), profiled, strict=False))
     kinds = {kind: sum(n * call["ms"][kind] for n, call in counted) for kind in profiled[0]["ms"]}
     each = " and ".join(

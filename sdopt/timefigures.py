@@ -9,7 +9,7 @@ from sdopt.pathfigures import set_apart, sources
 KERNELS = {"matrix product": "#0072B2", "convolution": "#56B4E9", "attention": "#E69F00", "other": "#BBBBBB"}
 SHOWN = {"matrix product": "matrix products", "convolution": "convolutions"}
 DARK = ("#009E73", "#0072B2")  # white is read on these, ink on the others
-SEEN = 0.045  # the least share of a bar that has room for its number
+SEEN = 4.5  # the least share of a bar, in percent, that has room for its number
 
 
 def stages_figure(result_path, pictures, target):
@@ -89,7 +89,7 @@ def _shares(axes, y, seconds, parts):
     for part, (_, colour) in parts.items():
         share = 100 * seconds[part] / whole
         axes.barh(y, share, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.5)
-        if share > 100 * SEEN:
+        if share > SEEN:
             ink = "white" if colour in DARK else INK
             axes.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize=9, color=ink)
         left += share

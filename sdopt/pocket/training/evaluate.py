@@ -13,7 +13,7 @@ from sdopt.pocket.oracle import Oracle, load_oracle
 from sdopt.pocket.scenes import Agreement, Reading, Scene
 from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes, pictures
 from sdopt.quality import adherence, share
-from sdopt.timing import measure
+from sdopt.timing import latency, measure
 
 STEPS = 30
 GUIDANCES = (2.0, 3.0, 4.0, 5.0, 6.5, 8.0, 10.0)
@@ -178,8 +178,7 @@ def speed(weights: Path, runs: int, environment: dict) -> dict:
     metrics = {}
     with torch.no_grad():
         for name, call in calls.items():
-            timing = measure(call, runs, "cpu")
-            metrics[name] = {"median": timing.median, "p20": timing.p20, "p80": timing.p80, "runs": list(timing.runs_s)}
+            metrics[name] = latency(measure(call, runs, "cpu").runs_s)
     metrics["tiny_vae_speedup"] = metrics["vae_decode_s"]["median"] / metrics["tiny_vae_decode_s"]["median"]
     size = lambda path: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 2**20
     metrics["pipeline_mib"] = size(weights / "pipeline")
