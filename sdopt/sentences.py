@@ -3,7 +3,10 @@
 from sdopt import figures, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.guidance import guided_steps
+from sdopt.path import NUMBERS
 from sdopt.tables import first_upper
+
+BUSY = 0.9  # of the time of a UNet's calls: a GPU that works for less has been waiting
 
 
 def headline(result):
@@ -26,7 +29,7 @@ def headline(result):
 def budget(result):
     """Where the time of the whole path goes, and so how much faster work on anything but the UNet could make it.
 
-    On a GPU also what its UNet's kernels take, by kind.
+    On a GPU also what its UNet's kernels take, by kind, and before it is compiled how long the GPU waits for work.
     """
     first, row = figures.ends_of(result)
     stages = {stage: 1e3 * seconds for stage, seconds in figures.stages_s(row).items()}
@@ -37,22 +40,44 @@ def budget(result):
         f"as they are, the path would be {1e3 * first['latency_s']['median'] / stages['unet']:.1f} times faster than the "
         f"baseline; it is {_times_faster(row, first)}."
     )
-    return f"{told} {_kernels(row)}" if row.get("unet_kernels") else told
+    return " ".join([told, *_kernels(row), *_waiting(result["rows"])])
 
 
 def _kernels(row):
-    profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
-    calls = row["stages_ms"]["unet_calls"]
-    guided = guided_steps(row["settings"].get("cutoff", 1.0), calls) if len(profiled) > 1 else calls
-    counted = list(zip((guided, calls - guided), profiled, strict=False))
-    kinds = {kind: sum(n * call["ms"][kind] for n, call in counted) for kind in profiled[0]["ms"]}
+    if not row.get("unet_kernels"):
+        return []
+    counted = _counted(row)
+    kinds = {kind: sum(n * call["ms"][kind] for n, call in counted) for kind in row["unet_kernels"][0]["ms"]}
     each = " and ".join(
         f"{n} of {sum(call['ms'].values()):.1f} ms on {_samples(call['samples'])}" for n, call in counted
     )
     by_kind = ", ".join(f"{kind} {ms:.0f}" for kind, ms in kinds.items())
-    return (
+    return [
         f"The GPU's kernels are busy for {sum(kinds.values()):.0f} ms of the calls' time, {each}; by kind: {by_kind}."
-    )
+    ]
+
+
+def _waiting(rows):
+    """What the compiler has to win beside faster kernels: the time the GPU waits for Python, in the last row without it."""
+    eager = [row for row in rows if row.get("unet_kernels") and row["id"] in NUMBERS and not row["as_run"]["compiled"]]
+    if not eager:
+        return []
+    row = eager[-1]
+    busy, unet = sum(n * sum(call["ms"].values()) for n, call in _counted(row)), row["stages_ms"]["unet"]
+    if busy > BUSY * unet:
+        return []
+    return [
+        f"Uncompiled, the GPU waits for its work: at {row['id']} the UNet's calls take {unet:.0f} ms, and the kernels are "
+        f"busy for {busy:.0f} of them."
+    ]
+
+
+def _counted(row):
+    """The profiled calls of a row, the larger batch first, each with how many calls of a picture are like it."""
+    profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
+    calls = row["stages_ms"]["unet_calls"]
+    guided = guided_steps(row["settings"].get("cutoff", 1.0), calls) if len(profiled) > 1 else calls
+    return list(zip((guided, calls - guided), profiled, strict=False))
 
 
 def _samples(n):

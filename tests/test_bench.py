@@ -241,6 +241,16 @@ def test_a_note_gives_a_reason_that_the_numbers_bear_out(i, more, before, said):
     assert said in notes.note(*rows, {"steps": 12}, "cpu")
 
 
+def test_int8_that_rounded_nothing_is_the_step_before_whatever_the_times_say():
+    before = made_up_row("fused_qkv", 1.0)
+    for seconds in (0.5, 2.0):
+        same = made_up_row("int8", seconds, as_run={"int8_layers": 0})
+        told = notes.note(same, before, {"steps": 12}, "cuda")
+        assert told.endswith(
+            f"none was rounded: {1 / seconds:.2f}x is the difference between two processes that do the same"
+        )
+
+
 def test_a_step_that_helps_needs_no_note():
     assert notes.note(made_up_row("bf16", 1.0), made_up_row("baseline_fp32", 2.0), {"steps": 12}, "cpu") is None
 

@@ -1,5 +1,5 @@
 import pytest
-from made_up import bench_result, result
+from made_up import bench_result, kernels, result
 
 from sdopt import sentences
 from sdopt.errors import UserError
@@ -32,10 +32,19 @@ def test_the_budget_counts_each_call_with_the_batch_it_had():
     told = sentences.budget(bench_result())
     # 8 calls of 10 ms and 12 of 6, of which a tenth is attention and half are products
     assert "busy for 152 ms of the calls' time, 8 of 10.0 ms on 2 samples and 12 of 6.0 ms on 1 sample; " in told
-    assert told.endswith("by kind: attention 15, convolution 30, matrix product 76, other 30.")
+    assert "; by kind: attention 15, convolution 30, matrix product 76, other 30. " in told
 
 
 def test_the_budget_of_a_path_without_a_cutoff_has_one_batch():
     made = bench_result()
     made["rows"] = made["rows"][:8]
     assert "busy for 300 ms of the calls' time, 30 of 10.0 ms on 2 samples; by" in sentences.budget(made)
+
+
+def test_a_gpu_that_waits_is_told_of_by_the_last_row_that_is_not_compiled():
+    made = bench_result()
+    told = "at sdpa the UNet's calls take 1666 ms, and the kernels are busy for 300 of them."
+    assert sentences.budget(made).endswith(told)
+    sdpa = next(row for row in made["rows"] if row["id"] == "sdpa")
+    sdpa["unet_kernels"] = [kernels(2, 1600 / 30)]
+    assert "waits" not in sentences.budget(made)

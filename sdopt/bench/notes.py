@@ -45,6 +45,11 @@ def note(row, before, settings, device):
     if row["id"] not in REASONS:
         return None
     ratio = compare(row, before, about=SUBJECTS)
+    if row["id"] == "int8" and row.get("as_run", {}).get("int8_layers") == 0:
+        return (
+            "none of its layers would gain on this GPU, and none was rounded: "
+            f"{ratio['speedup']:.2f}x is the difference between two processes that do the same"
+        )
     if ratio["clear"] and ratio["speedup"] > 1:
         return None
     verdict = "slower than the step before" if ratio["clear"] else "no clear difference from the step before"
@@ -52,8 +57,6 @@ def note(row, before, settings, device):
 
 
 def _reason(row, before, settings, device):
-    if row["id"] == "int8" and row.get("as_run", {}).get("int8_layers") == 0:
-        return "since none of its layers would gain on this GPU, and none was rounded"
     spread = max(r["latency_s"]["p80"] / r["latency_s"]["p20"] for r in (row, before))
     if spread > WIDE:
         return f"but p80 is {spread:.2f} times p20: measure again with nothing else running"
