@@ -6,6 +6,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported: it is decorated for one or the other
+
 from tiny import tiny_sdxl
 
 from sdopt import models

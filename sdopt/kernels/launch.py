@@ -1,0 +1,44 @@
+"""What all kernels ask before they are launched."""
+
+import torch
+import triton
+
+from sdopt.errors import UserError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
+
+
+def check(kernel: str, x: torch.Tensor, **others: torch.Tensor | None):
+    """Raise UserError unless `kernel` can run on `x` and the `others`: floats, all on one device that Triton can use."""
+    if not (x.is_cuda or INTERPRETED):
+        raise UserError(
+            f"{kernel} needs a CUDA GPU; TRITON_INTERPRET=1, set before Python starts, interprets it on a CPU"
+        )
+    if x.dtype not in FLOATS:
+        raise UserError(f"{kernel} takes float32, float16 or bfloat16, not {str(x.dtype)[6:]}")
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise UserError(f"{kernel}: {name} is on {other.device}, the input on {x.device}: move one to the other")
+
+
+def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]):
+    """Raise UserError unless `tensor` is None or contiguous with `shape`."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{kernel}: {name} has shape {list(tensor.shape)}, {list(shape)} was expected")
+    if not tensor.is_contiguous():
+        raise UserError(f"{kernel}: {name} is not contiguous: call .contiguous() on it")
+
+
+def rows_of(kernel: str, x: torch.Tensor) -> tuple[int, int]:
+    """(rows, channels) of an image in channels_last memory, [batch, channels, height, width]; UserError for another."""
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise UserError(
+            f"{kernel} takes [batch, channels, height, width] in channels_last memory: "
+            "call .to(memory_format=torch.channels_last) on it"
+        )
+    return x.numel() // x.shape[1], x.shape[1]

@@ -1,0 +1,162 @@
+"""The Triton kernels against float64: on a CPU in Triton's interpreter, on a GPU as they are compiled."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sdopt.errors import UserError
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+IMAGES = [(2, 64, 8, 8), (3, 60, 5, 9)]  # batch, channels, height, width
+ROWS = [(2, 7, 640), (3, 33), (1, 1)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("a GPU is there, and Triton compiles for it")
+    torch.manual_seed(0)
+    return request.param
+
+
+def random(shape, dtype, device, mean=0.0):
+    return (torch.randn(shape) + mean).to(device, dtype)
+
+
+def image(shape, dtype, device, mean=0.0):
+    return random(shape, dtype, device, mean).to(memory_format=torch.channels_last)
+
+
+def assert_close(ours, reference, *arguments, **more):
+    """No further from float64 than one step of the dtype, and what summing in float32 loses."""
+    double = lambda t: t.double() if isinstance(t, torch.Tensor) else t
+    exact = reference(*map(double, arguments), **{key: double(value) for key, value in more.items()})
+    for one, right in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (ours, exact)), strict=True):
+        assert one.dtype is arguments[0].dtype and one.shape == right.shape
+        step = torch.finfo(one.dtype).eps * right.abs() + 1e-5 * right.abs().max()
+        off = (one.double() - right).abs()
+        assert (off <= step).all(), f"off by {off.max():.2e} of {right.abs().max():.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("silu", [True, False])
+def test_group_norm(device, dtype, shape, silu):
+    x, channels = image(shape, dtype, device), shape[1]
+    weight, bias = (random(channels, dtype, device) for _ in range(2))
+    groups = 5 if channels % 32 else 32
+    ours = group_norm.group_norm(x, groups, weight, bias, 1e-5, None, silu)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_close(ours, group_norm.reference, x, groups, weight, bias, 1e-5, None, silu)
+
+
+def test_group_norm_over_many_tiles(device):
+    x, weight, bias = (image((1, 96, 40, 72), torch.bfloat16, device), *torch.randn(2, 96).bfloat16().to(device))
+    assert_close(group_norm.group_norm(x, 32, weight, bias), group_norm.reference, x, 32, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(60,), (3, 60)])
+def test_group_norm_adds_a_shift_first(device, shape):
+    x = image((3, 60, 5, 9), torch.bfloat16, device)
+    weight, bias, shift = (random(s, torch.bfloat16, device) for s in (60, 60, shape))
+    ours = group_norm.group_norm(x, 5, weight, bias, shift=shift)
+    assert_close(ours, group_norm.reference, x, 5, weight, bias, shift=shift)
+
+
+def test_group_norm_of_numbers_far_from_zero_keeps_their_spread(device):
+    x = image((1, 64, 24, 24), torch.float32, device, mean=1000.0)
+    weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)
+    ours = group_norm.group_norm(x, 32, weight, bias, silu=False)
+    exact = group_norm.reference(x.double(), 32, weight.double(), bias.double(), silu=False)
+    assert (ours.double() - exact).abs().max() < 1e-3, "a mean square less a squared mean would be off by a tenth"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 9, 2 * 640), (5, 2 * 33), (1, 2)])
+def test_geglu(device, dtype, shape):
+    x = random(shape, dtype, device)
+    assert_close(geglu.geglu(x), geglu.reference, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("added", [True, False])
+def test_add_layer_norm(device, dtype, shape, added):
+    x, residual = (random(shape, dtype, device) for _ in range(2))
+    weight, bias = (random(shape[-1], dtype, device) for _ in range(2))
+    residual = residual if added else None
+    total, y = add_layer_norm.add_layer_norm(x, residual, weight, bias)
+    assert_close(total, lambda x, residual: x if residual is None else x + residual, x, residual)
+    # from the rounded sum, as the layer norm of two operations sees it
+    assert_close((total, y), add_layer_norm.reference, total, None, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", IMAGES)
+def test_bias_residual(device, dtype, shape):
+    x, residual = (image(shape, dtype, device) for _ in range(2))
+    bias = random(shape[1], dtype, device)
+    ours = bias_residual.bias_residual(x, bias, residual)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_close(ours, bias_residual.reference, x, bias, residual)
+
+
+def test_bytes_are_counted():
+    x = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16)
+    assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
+    assert geglu.bytes_moved(x) == 3 * x.numel()
+    assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
+
+
+LAST = {"memory_format": torch.channels_last}
+WRONG = {
+    "not channels_last": (
+        lambda: group_norm.group_norm(torch.ones(1, 8, 4, 4), 4, torch.ones(8), torch.ones(8)),
+        "channels_last",
+    ),
+    "groups": (
+        lambda: group_norm.group_norm(torch.ones(1, 8, 4, 4).to(**LAST), 3, torch.ones(8), torch.ones(8)),
+        "3 groups",
+    ),
+    "weight": (
+        lambda: group_norm.group_norm(torch.ones(1, 8, 4, 4).to(**LAST), 4, torch.ones(7), torch.ones(8)),
+        "weight has",
+    ),
+    "dtype": (lambda: geglu.geglu(torch.ones(4, 8, dtype=torch.float64)), "not float64"),
+    "odd": (lambda: geglu.geglu(torch.ones(4, 7)), "even last dimension"),
+    "strided": (lambda: geglu.geglu(torch.ones(8, 4).T), "not contiguous"),
+    "residual": (
+        lambda: add_layer_norm.add_layer_norm(torch.ones(4, 8), torch.ones(4, 9), torch.ones(8), torch.ones(8)),
+        "residual has shape",
+    ),
+    "too long": (
+        lambda: add_layer_norm.add_layer_norm(torch.ones(1, 2**15), None, *[torch.ones(2**15)] * 2),
+        "1 to 16384",
+    ),
+    "other image": (
+        lambda: bias_residual.bias_residual(
+            *(torch.ones(s).to(**LAST) if len(s) == 4 else torch.ones(s) for s in ((1, 8, 4, 4), (8,), (1, 8, 4, 5)))
+        ),
+        "residual has shape",
+    ),
+}
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
+@pytest.mark.parametrize("call, said", WRONG.values(), ids=WRONG)
+def test_what_a_kernel_cannot_take_is_told_in_one_line(call, said):
+    with pytest.raises(UserError, match=said) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cpu_without_the_interpreter_is_told_of_it():
+    code = "import torch; from sdopt.kernels import geglu; geglu.geglu(torch.ones(2, 4))"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "geglu needs a CUDA GPU; TRITON_INTERPRET=1" in ended.stderr.strip().splitlines()[-1]
