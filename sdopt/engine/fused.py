@@ -1,0 +1,198 @@
+"""The blocks of a UNet and a VAE as they are computed with the fused kernels: functions of diffusers' own modules.
+
+The modules keep their weights, their names and their places; only how a block is computed changes, one instance at a time.
+What a block is made of is looked at in every call, since a LoRA, a hook or another attention processor can be put in at any
+time: a block that holds what is not known here is computed by diffusers' own code, as before.
+"""
+
+from types import MethodType
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
+from torch import nn
+from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
+
+from sdopt.kernels.add_layer_norm import add_layer_norm
+from sdopt.kernels.bias_residual import bias_residual
+from sdopt.kernels.geglu import geglu
+from sdopt.kernels.group_norm import group_norm
+
+
+def fuse(model: nn.Module) -> int:
+    """Compute the blocks of `model` (a UNet, a ControlNet, a VAE) with the fused kernels; returns how many there are.
+
+    Its weights stay where they are; `release` undoes it. Blocks whose `forward` somebody has replaced already are left
+    alone. Twice is once.
+    """
+    blocks = [m for m in model.modules() if type(m) in FORWARDS and "forward" not in vars(m)]
+    for block in blocks:
+        block.forward = MethodType(FORWARDS[type(block)], block)
+    return sum(is_fused(m) for m in model.modules())
+
+
+def release(model: nn.Module):
+    """Let all blocks of `model` be computed by diffusers' own code again."""
+    for block in model.modules():
+        if is_fused(block):
+            del block.forward
+
+
+def is_fused(block: nn.Module) -> bool:
+    """Whether `fuse` has taken this block."""
+    forward = vars(block).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is FORWARDS.get(type(block))
+
+
+def resnet(block, x, temb=None, *args, **kwargs):
+    """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels."""
+    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not _is_plain_resnet(block):
+        return type(block).forward(block, x, temb, *args, **kwargs)
+    x = x.contiguous(memory_format=torch.channels_last)
+    h = _convolved(block.conv1, _normed(block.norm1, x))
+    shift = block.conv1.bias
+    if block.time_emb_proj is not None:
+        shift = shift + block.time_emb_proj(silu(temb))
+    h = _convolved(block.conv2, _normed(block.norm2, h, shift=shift))
+    bias = block.conv2.bias
+    if block.conv_shortcut is not None:
+        x = _convolved(block.conv_shortcut, x)
+        if block.conv_shortcut.bias is not None:
+            bias = bias + block.conv_shortcut.bias
+    return bias_residual(h, bias, x)
+
+
+def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
+    """`Transformer2DModel.forward` of an image: every residual is added by the layer norm after it."""
+    asked = [value for key, value in kwargs.items() if key != "timestep"]  # its blocks have no use for a timestep
+    if args or any(value is not None for value in asked) or not _is_plain_transformer(model):
+        return type(model).forward(
+            model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
+        )
+    x = hidden_states.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    tokens = _normed(model.norm, x, activation=False).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    h, pending = _projected(model.proj_in, tokens), None
+    for block in model.transformer_blocks:
+        h, pending = _transformer_block(block, h, pending, encoder_hidden_states)
+    h = _projected(model.proj_out, h + pending)
+    out = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + x
+    return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+
+def _transformer_block(block, h, pending, text):
+    """(residual, what is still to be added to it) after a block, from the same before it."""
+    h, n = _added(h, pending, block.norm1)
+    h, n = _added(_attended(block.attn1, n, None), h, block.norm2)
+    h, n = _added(_attended(block.attn2, n, text), h, block.norm3)
+    return h, block.ff.net[2](geglu(block.ff.net[0].proj(n)))
+
+
+def _attended(attn, x, text):
+    if not _is_plain_attention(attn):
+        return attn(x, encoder_hidden_states=text)
+    seen = x if text is None else text
+    if type(attn.processor) is FusedAttnProcessor2_0 and text is None:
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    elif type(attn.processor) is FusedAttnProcessor2_0:
+        q, (k, v) = attn.to_q(x), attn.to_kv(seen).chunk(2, dim=-1)
+    else:
+        q, k, v = attn.to_q(x), attn.to_k(seen), attn.to_v(seen)
+    q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _normed(norm, x, activation=True, shift=None):
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation)
+
+
+def _added(x, residual, norm):
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+
+
+def _convolved(conv, x):
+    """Without its bias."""
+    return conv2d(x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
+
+
+def _projected(layer, tokens):
+    """A linear layer, or the 1x1 convolution that stands for one."""
+    return linear(tokens, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv2d) else layer(tokens)
+
+
+def _is_stock(*modules, kind=None):
+    """Whether the modules, whose weights are read here without calling them, are PyTorch's own and nobody listens."""
+    for module in modules:
+        if kind and type(module) is not kind:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    return True
+
+
+def _is_plain_resnet(block):
+    convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
+    return (
+        _is_stock(*convolutions, kind=nn.Conv2d)
+        and _is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
+        and not block.training
+        and (block.upsample is None and block.downsample is None)
+        # what a VAE calls "group" is a norm without an embedding, as "default" is where there is none
+        and (
+            block.time_embedding_norm == "default"
+            or (block.time_embedding_norm == "group" and block.time_emb_proj is None)
+        )
+        and not block.skip_time_act
+        and type(block.nonlinearity) is nn.SiLU
+        and block.output_scale_factor == 1
+        and all(c.padding_mode == "zeros" and c.groups == 1 and set(c.dilation) == {1} for c in convolutions)
+        and None not in (block.conv1.bias, block.conv2.bias)
+    )
+
+
+def _is_plain_transformer(model):
+    ends = (model.proj_in, model.proj_out)
+    return (
+        model.is_input_continuous
+        and not model.training
+        and _is_stock(model.norm, kind=nn.GroupNorm)
+        and (model.use_linear_projection or _is_stock(*ends, kind=nn.Conv2d))
+        and all(map(_is_plain_block, model.transformer_blocks))
+    )
+
+
+def _is_plain_block(block):
+    norms = (block.norm1, block.norm2, block.norm3)
+    return (
+        type(block) is BasicTransformerBlock
+        and _is_stock(block)
+        and block.norm_type == "layer_norm"
+        and _is_stock(*norms, kind=nn.LayerNorm)
+        and all(n.weight is not None and n.bias is not None for n in norms)
+        and block.pos_embed is None
+        and not block.only_cross_attention
+        and block.attn2 is not None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and type(block.ff.net[0]) is GEGLU
+        and _is_stock(block.ff, block.ff.net[0])
+        and len(block.ff.net) == 3
+    )
+
+
+def _is_plain_attention(attn):
+    return (
+        type(attn) is Attention
+        and _is_stock(attn)
+        and type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
+        and all(part is None for part in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
+        and not attn.norm_cross
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer}

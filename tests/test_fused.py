@@ -1,0 +1,164 @@
+"""A UNet's blocks on our kernels against diffusers' own code, in Triton's interpreter, float32."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft import LoraConfig
+
+from sdopt.engine import fused
+from sdopt.kernels import launch
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
+
+
+GROUPS = 4  # the interpreter takes its time for each
+
+
+@pytest.fixture
+def unet(request):
+    """A UNet like SDXL's, of two levels; like Stable Diffusion 1.5's where a test asks for "sd15"."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(24, 40),
+        norm_num_groups=GROUPS,
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        use_linear_projection=getattr(request, "param", "sdxl") == "sdxl",
+        transformer_layers_per_block=(1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+    ).eval()
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The names of the kernels that ran, in their order."""
+    ran = []
+    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual"):
+        function = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
+    return ran
+
+
+def unet_call(unet, height=4, width=6, batch=1):
+    """A call of a UNet with random inputs, as a function."""
+    torch.manual_seed(1)
+    latents = torch.randn(batch, 4, height, width)
+    text = torch.randn(batch, 7, 64)
+
+    @torch.no_grad()
+    def call():
+        return unet(latents, torch.tensor(400), text).sample
+
+    return call
+
+
+def assert_same(ours, theirs):
+    assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+def counts(unet):
+    return [sum(type(m) is kind for m in unet.modules()) for kind in (ResnetBlock2D, Transformer2DModel)]
+
+
+@pytest.mark.parametrize("unet", ["sdxl", "sd15"], indirect=True)
+def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
+    call = unet_call(unet, batch=2)
+    theirs = call()
+    resnets, transformers = counts(unet)
+    blocks = sum(len(m.transformer_blocks) for m in unet.modules() if type(m) is Transformer2DModel)
+    assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers
+    assert_same(call(), theirs)
+    assert [kernels.count(k) for k in ("group_norm", "bias_residual", "add_layer_norm", "geglu")] == [
+        2 * resnets + transformers,
+        resnets,
+        3 * blocks,
+        blocks,
+    ]
+    fused.release(unet)
+    kernels.clear()
+    assert torch.equal(call(), theirs) and not kernels
+
+
+def test_fused_projections_are_used(unet, kernels):
+    call = unet_call(unet)
+    theirs = call()
+    fused.fuse(unet)
+    unet.fuse_qkv_projections()
+    separate = [m for name, m in unet.named_modules() if name.endswith(("to_k", "to_v"))]
+    for layer in separate:
+        layer.register_forward_hook(lambda *_: pytest.fail("a projection that was fused is called alone"))
+    assert_same(call(), theirs)
+
+
+def test_a_vae_decodes_the_same(kernels):
+    torch.manual_seed(0)
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(16, 24), norm_num_groups=GROUPS, latent_channels=4, **ends).eval()
+    latents = torch.randn(1, 4, 6, 5)
+    with torch.no_grad():
+        theirs = vae.decode(latents).sample
+        resnets = fused.fuse(vae.decoder)
+        assert_same(vae.decode(latents).sample, theirs)
+    assert kernels.count("bias_residual") == resnets > 0
+
+
+def test_a_lora_put_in_after_fusing_is_seen(unet, kernels):
+    fused.fuse(unet)
+    call = unet_call(unet)
+    before = call()
+    torch.manual_seed(0)
+    targets = ["to_q", "to_v", "proj_in", "conv1", "ff.net.2"]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    kernels.clear()
+    changed = call()
+    assert (changed - before).abs().max() > 1e-3 * before.abs().max()
+    assert "geglu" in kernels and "bias_residual" not in kernels, "a convolution with a LoRA is called, not read"
+    fused.release(unet)
+    assert_same(changed, call())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.set_attn_processor(AttnProcessor()),
+        lambda unet: unet.mid_block.resnets[0].norm1.register_forward_hook(lambda m, a, out: out + 1),
+        lambda unet: (
+            unet.mid_block.attentions[0].transformer_blocks[0].norm3.register_forward_hook(lambda m, a, out: -out)
+        ),
+        lambda unet: setattr(unet.mid_block.resnets[1], "output_scale_factor", 2.0),
+        lambda unet: unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(3, 1),
+    ],
+    ids=["attention by hand", "a hook in a resnet", "a hook in a transformer", "a scale", "chunks"],
+)
+def test_what_is_not_known_is_left_to_diffusers(unet, change):
+    change(unet)
+    call = unet_call(unet)
+    theirs = call()
+    fused.fuse(unet)
+    assert_same(call(), theirs)
+
+
+def test_an_attention_mask_and_lora_scales_reach_diffusers(unet, kernels):
+    model = next(m for m in unet.modules() if type(m) is Transformer2DModel)
+    x, text = torch.randn(1, model.config.in_channels, 4, 4), torch.randn(1, 7, 64)
+    mask = torch.zeros(1, 7).masked_fill_(torch.arange(7) > 3, -10000.0)[:, None]
+    with torch.no_grad():
+        theirs = model(x, text, encoder_attention_mask=mask, return_dict=False)[0]
+        fused.fuse(unet)
+        assert torch.equal(model(x, text, encoder_attention_mask=mask, return_dict=False)[0], theirs)
+        assert not kernels
+        assert not torch.equal(model(x, text, return_dict=False)[0], theirs) and kernels
+
+
+def test_a_forward_that_somebody_replaced_stays(unet):
+    block = unet.mid_block.resnets[0]
+    block.forward = mine = lambda x, temb: x
+    resnets, transformers = counts(unet)
+    assert fused.fuse(unet) == resnets + transformers - 1
+    fused.release(unet)
+    assert block.forward is mine
