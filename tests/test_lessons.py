@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sdopt import results
-from sdopt.bench import lessons
+from sdopt.bench import fusions, lessons
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm
 
 RECORDED = Path(__file__).parents[1] / "figures" / "data" / "nvidia-h200"
 
@@ -29,6 +30,17 @@ def test_kernels_are_named_timed_and_counted(fresh_compiler):
     assert set(row["launched_s"]) == set(row["kernels_s"]) == {"three", "one"}
     (row,) = lessons.linears("cpu", ((32, 64, 64),))
     assert set(row["seconds"]) == {"half", "int8", "int8_eager", "product"} and min(row["seconds"].values()) > 0
+
+
+def test_fused_kernels_stand_beside_what_they_replace(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    shapes = [(1, 32, 2, 3), (1, 32, 2, 3), (3, 16), (3, 32)]
+    kernels = [group_norm, bias_residual, add_layer_norm, geglu]
+    rows = fusions.fusions("cpu", list(zip(kernels, shapes)), repeats=1, rounds=1)
+    assert [(row["kernel"], row["shape"]) for row in rows] == [(k.NAME, list(s)) for k, s in zip(kernels, shapes)]
+    assert [row["bytes"] for row in rows] == [2 * 3 * 192, 2 * 3 * 192, 2 * 4 * 48, 3 * 96]
+    for row in rows:
+        assert set(row["seconds"]) == {"ours", "eager", "compiled", "copy"} and min(row["seconds"].values()) > 0
 
 
 def test_the_tradeoff_draws_what_its_rows_say():

@@ -26,6 +26,7 @@ from sdopt import (
     results,
     schedulers,
 )
+from sdopt.bench.fusions import fusions
 from sdopt.errors import UserError, exit_code
 from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.oracle import load_oracle
@@ -252,7 +253,7 @@ def _run(options):
     if options.study == "kernels":
         head |= {"study": "kernels", "settings": {"dtype": str(precision.half_dtype(device))[6:]}}
         measured = {}
-        for part in tqdm((products, clock, attentions, projections, linears), desc="kernels"):
+        for part in tqdm((products, clock, attentions, projections, linears, fusions), desc="kernels"):
             measured[part.__name__] = part(device)
             results.write_json(options.out / "kernels.json", head | {"metrics": measured})
         return

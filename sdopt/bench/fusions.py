@@ -1,0 +1,67 @@
+"""Our fused kernels beside what they replace, for the study `kernels`: eager PyTorch, torch.compile, and a plain copy."""
+
+from itertools import cycle
+
+import torch
+from tqdm import tqdm
+
+from sdopt import precision
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm
+from sdopt.timing import kernel_seconds
+
+CACHE = 256 * 2**20  # inputs take turns, together several times a GPU's cache: each call finds its own in memory
+
+# SDXL's at 1024x1024, two samples: its three levels and their widest after a skip connection; a level of its VAE decoder.
+IMAGES = (
+    (2, 320, 128, 128),
+    (2, 960, 128, 128),
+    (2, 640, 64, 64),
+    (2, 1280, 32, 32),
+    (2, 2560, 32, 32),
+    (1, 256, 512, 512),
+)
+TOKENS = ((8192, 640), (2048, 1280))
+FUSIONS = (
+    *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
+    *((add_layer_norm, shape) for shape in TOKENS),
+    *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
+)
+
+
+def fusions(device, chosen=FUSIONS, **timed):
+    """Seconds of each kernel at each shape: ours, eager, compiled, and of a copy that moves as many bytes.
+
+    `timed` goes to `kernel_seconds`.
+    """
+    dtype, found = precision.half_dtype(device), []
+    for kernel, shape in tqdm(chosen, desc="fused kernels"):
+        first = _arguments(kernel, shape, device, dtype)
+        moved = kernel.bytes_moved(*first)
+        sets = [first, *(_arguments(kernel, shape, device, dtype) for _ in range(min(31, CACHE // moved)))]
+        torch.compiler.reset()  # a graph a shape, of which PyTorch keeps no more than a few
+        compiled = torch.compile(kernel.reference, fullgraph=True, dynamic=False)
+        ways = {"ours": getattr(kernel, kernel.NAME), "eager": kernel.reference, "compiled": compiled}
+        seconds = {name: kernel_seconds(_in_turn(way, sets), device, **timed) for name, way in ways.items()}
+        halves = [torch.randint(256, (2, moved // 2), device=device, dtype=torch.uint8) for _ in sets]
+        seconds["copy"] = kernel_seconds(_in_turn(lambda to, of: to.copy_(of), halves), device, **timed)
+        row = {"kernel": kernel.NAME, "shape": list(shape), "dtype": str(dtype)[6:], "bytes": moved}
+        found.append(row | {"seconds": seconds})
+    return found
+
+
+def _arguments(kernel, shape, device, dtype):
+    new = lambda *size: torch.randn(size, device=device).to(dtype)
+    image = lambda: new(*shape).to(memory_format=torch.channels_last)
+    if kernel is group_norm:
+        return image(), 32, new(shape[1]), new(shape[1])
+    if kernel is bias_residual:
+        return image(), new(shape[1]), image()
+    if kernel is add_layer_norm:
+        return new(*shape), new(*shape), new(shape[1]), new(shape[1])
+    return (new(*shape),)
+
+
+def _in_turn(way, sets):
+    """A call of `way` with the next of the argument `sets`."""
+    upcoming = cycle(sets)
+    return lambda: way(*next(upcoming))
