@@ -11,8 +11,12 @@ INSTALLED := $(VENV)/.installed
 run: $(INSTALLED)
 	$(BIN)/sdopt run --model pocket --out out
 
+# The notebooks first and one by one, for they time things; the tests look at what they kept.
+test: export SDOPT_KEEP := $(abspath $(VENV))/kept
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	rm -rf $(SDOPT_KEEP)
+	$(BIN)/python -m pytest -q notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
