@@ -156,9 +156,10 @@ def test_an_attention_mask_and_lora_scales_reach_diffusers(unet, kernels):
 
 
 def test_a_forward_that_somebody_replaced_stays(unet):
-    block = unet.mid_block.resnets[0]
+    block, other = unet.mid_block.resnets[0], unet.conv_in
     block.forward = mine = lambda x, temb: x
+    other.forward = theirs = lambda x: x
     resnets, transformers = counts(unet)
     assert fused.fuse(unet) == resnets + transformers - 1
     fused.release(unet)
-    assert block.forward is mine
+    assert vars(block)["forward"] is mine and vars(other)["forward"] is theirs

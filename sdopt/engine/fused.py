@@ -44,7 +44,7 @@ def release(model: nn.Module):
 def is_fused(block: nn.Module) -> bool:
     """Whether `fuse` has taken this block."""
     forward = vars(block).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is FORWARDS.get(type(block))
+    return type(block) in FORWARDS and getattr(forward, "__func__", None) is FORWARDS[type(block)]
 
 
 def resnet(block, x, temb=None, *args, **kwargs):
