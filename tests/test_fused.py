@@ -143,7 +143,7 @@ def test_what_is_not_known_is_left_to_diffusers(unet, change):
     assert_same(call(), theirs)
 
 
-def test_an_attention_mask_and_lora_scales_reach_diffusers(unet, kernels):
+def test_an_attention_mask_reaches_diffusers(unet, kernels):
     model = next(m for m in unet.modules() if type(m) is Transformer2DModel)
     x, text = torch.randn(1, model.config.in_channels, 4, 4), torch.randn(1, 7, 64)
     mask = torch.zeros(1, 7).masked_fill_(torch.arange(7) > 3, -10000.0)[:, None]

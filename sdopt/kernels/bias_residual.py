@@ -20,15 +20,15 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -
 
     float32, float16 or bfloat16 in and out, added in float32. Raises UserError for other shapes, layouts or dtypes.
     """
-    rows, channels = launch.rows_of(NAME, x)
+    for image in (x, residual):
+        launch.check_image(NAME, image)
     launch.check(NAME, x, bias=bias, residual=residual)
-    launch.rows_of(NAME, residual)
     launch.check_shape(NAME, "residual", residual.permute(0, 2, 3, 1), tuple(x.permute(0, 2, 3, 1).shape))
+    channels = x.shape[1]
     launch.check_shape(NAME, "bias", bias, (channels,))
     out = torch.empty_like(x)
-    wide = min(512, triton.next_power_of_2(channels))
-    tall = max(1, 2048 // wide)
-    grid = (triton.cdiv(rows, tall), triton.cdiv(channels, wide))
+    rows = x.numel() // channels
+    grid, tall, wide = launch.tiles(rows, channels)
     _bias_residual[grid](x, bias, residual, out, rows, channels, tall, wide, num_warps=4)
     return out
 

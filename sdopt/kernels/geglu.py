@@ -29,9 +29,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], half)
     rows = out.numel() // max(1, half)
-    wide = min(512, triton.next_power_of_2(max(1, half)))
-    tall = max(1, 2048 // wide)
-    grid = (triton.cdiv(rows, tall), triton.cdiv(half, wide))
+    grid, tall, wide = launch.tiles(rows, half)
     if rows and half:
         _geglu[grid](x, out, rows, half, tall, wide, num_warps=4)
     return out

@@ -42,11 +42,12 @@ def group_norm(
     Raises UserError for other shapes, layouts, dtypes, or a number of groups that does not divide the channels.
     Source: https://arxiv.org/abs/1803.08494.
     """
-    rows, channels = launch.rows_of(NAME, x)
+    launch.check_image(NAME, x)
     launch.check(NAME, x, weight=weight, bias=bias, shift=shift)
+    batch, channels, height, width = x.shape
+    rows = height * width
     if channels % groups:
         raise UserError(f"{NAME}: {groups} groups do not divide {channels} channels")
-    batch, rows = x.shape[0], rows // x.shape[0]
     for name, tensor in (("weight", weight), ("bias", bias)):
         launch.check_shape(NAME, name, tensor, (channels,))
     shared = shift is None or shift.ndim == 1

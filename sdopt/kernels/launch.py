@@ -6,8 +6,6 @@ import triton
 from sdopt.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
 INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
 
 
@@ -34,11 +32,17 @@ def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tupl
         raise UserError(f"{kernel}: {name} is not contiguous: call .contiguous() on it")
 
 
-def rows_of(kernel: str, x: torch.Tensor) -> tuple[int, int]:
-    """(rows, channels) of an image in channels_last memory, [batch, channels, height, width]; UserError for another."""
+def check_image(kernel: str, x: torch.Tensor):
+    """Raise UserError unless `x` is an image in channels_last memory, [batch, channels, height, width]."""
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise UserError(
             f"{kernel} takes [batch, channels, height, width] in channels_last memory: "
             "call .to(memory_format=torch.channels_last) on it"
         )
-    return x.numel() // x.shape[1], x.shape[1]
+
+
+def tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int]:
+    """(grid, rows a tile, columns a tile) for a kernel that looks at each number once: tiles of 2048 numbers, or less."""
+    wide = min(512, triton.next_power_of_2(max(1, columns)))
+    tall = 2048 // wide
+    return (triton.cdiv(rows, tall), triton.cdiv(columns, wide)), tall, wide
