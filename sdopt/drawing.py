@@ -82,20 +82,31 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
     """Draw the task and time it; returns (numbers, pictures).
 
     numbers: {"latency_s", "first_call_s", "peak_memory_bytes", "peak_memory_of", "stages_ms"}, a row's as in a result
-    file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. `tell(phase)` hears
-    what is under way; the timed calls are made within `during`.
+    file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. The stages are those of
+    the last timed call on a CPU, and of one more call on a GPU, where their marks would take part in what is timed.
+    `tell(phase)` hears what is under way; the timed calls are made within `during`.
     Raises ArithmeticError when latents or a picture hold values that are not finite. Introduced in
     notebooks/00_measure_first.
     """
     draw = drawer(pipe, task, **call_kwargs)
-    runs, settle = len(task.prompts), (timing.SETTLING_CALLS if is_compiled(pipe) else 1)
-    settling = settle * (pipe.unet.device.type == "cuda")
-    turns = iter([0] * (1 + settling) + [*range(runs)])  # calls that warm up draw what the first run draws
-    drawn = []
+    cuda, runs = pipe.unet.device.type == "cuda", len(task.prompts)
+    settle = timing.SETTLING_CALLS if is_compiled(pipe) else 1
+    turns = iter([0] * (1 + settle * cuda) + [*range(runs)])  # calls that warm up draw what the first run draws
+    drawn, stages = [], {}
+
+    def draw_next():
+        run = next(turns)
+        draw_it = lambda: drawn.append(draw(run))
+        if cuda or len(drawn) < runs:
+            draw_it()
+        else:  # the last: on a CPU nothing has to wait for a stage to be timed, so no call of its own is needed
+            stages.update(timing.stages(pipe, lambda: all_finite(pipe, draw_it)))
+
     tell("first call")
-    timed = timing.measure(lambda: drawn.append(draw(next(turns))), runs, pipe.unet.device.type, settle, during)
-    tell("stages")
-    stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
+    timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
+    if cuda:
+        tell("stages")
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),

@@ -170,9 +170,9 @@ def stages(pipe, call: Callable[[], object]) -> dict:
     """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
 
     Returns {"text_encoder", "unet", "unet_calls", "scheduler", "vae"}, VAE encoding included. On a GPU the times are
-    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait. One extra
-    call: run it after the timed ones, it costs them nothing. A compiled module is timed from outside and not compiled
-    again. Introduced in notebooks/00_measure_first.
+    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait; there, give it
+    a call beside the timed ones. A compiled module is timed from outside and not compiled again. Introduced in
+    notebooks/00_measure_first.
     """
     watch = stopwatch(pipe.unet.device)
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]

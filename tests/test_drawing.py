@@ -31,9 +31,12 @@ def test_a_run_is_drawn_the_same_each_time_and_a_step_may_change_the_call(pocket
 
 
 def test_what_is_measured_is_a_row_and_its_pictures(pocket):
-    phases = []
+    phases, calls = [], []
+    hook = pocket.unet.register_forward_pre_hook(lambda module, args: calls.append(1))
     numbers, pictures = drawing.measure(pocket, small(), phases.append)
-    assert phases == ["first call", "stages"]
+    hook.remove()
+    assert phases == ["first call"]
+    assert len(calls) == 3 * 2, "one call to warm up and one a run, of two steps each: a CPU's stages are the last one's"
     assert len(numbers["latency_s"]["runs"]) == len(pictures) == 2 and numbers["stages_ms"]["unet_calls"] == 2
     assert pictures[0][0].size == (64, 64)
     assert quality.drift(pictures[0], drawing.drawer(pocket, small())(0))["exact"]
