@@ -5,7 +5,6 @@ import pytest
 from made_up import IDS, bench_result, peers_result, result
 
 from sdopt import report, results, tables
-from sdopt.errors import UserError
 
 
 def by_name(told):

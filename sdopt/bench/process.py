@@ -58,7 +58,10 @@ def _can_start_cuda(ctx):
 def _start_cuda(state, tell):
     import torch  # here, so that the caller, who needs no GPU, does not wait for it
 
-    return bool(torch.zeros(1, device="cuda").add(1).item())
+    try:
+        return bool(torch.zeros(1, device="cuda").add(1).item())
+    except RuntimeError:  # an import has started CUDA in the server: xformers' does
+        return False
 
 
 class Worker:

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from torch import nn
 from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
 
+from sdopt.engine import once
 from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
@@ -28,17 +29,23 @@ def fuse(model: nn.Module) -> int:
     Its weights stay where they are; `release` undoes it. Blocks whose `forward` somebody has replaced already are left
     alone. Twice is once.
     """
-    blocks = [m for m in model.modules() if type(m) in FORWARDS and "forward" not in vars(m)]
-    for block in blocks:
-        block.forward = MethodType(FORWARDS[type(block)], block)
+    for module in list(model.modules()):
+        if type(module) in FORWARDS and "forward" not in vars(module):
+            module.forward = MethodType(FORWARDS[type(module)], module)
+        _End.fuse(getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None))
     return sum(is_fused(m) for m in model.modules())
 
 
 def release(model: nn.Module):
     """Let all blocks of `model` be computed by diffusers' own code again."""
     for block in model.modules():
-        if is_fused(block):
+        if is_ours(block):
             del block.forward
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module's `forward` was put there by `fuse`."""
+    return is_fused(module) or _End.has(module)
 
 
 def is_fused(block: nn.Module) -> bool:
@@ -49,13 +56,21 @@ def is_fused(block: nn.Module) -> bool:
 
 def resnet(block, x, temb=None, *args, **kwargs):
     """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels."""
-    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not _is_plain_resnet(block):
+    if (
+        args
+        or kwargs
+        or (temb is None) != (block.time_emb_proj is None)
+        or not is_plain_resnet(block)
+        or _differentiates()
+    ):
         return type(block).forward(block, x, temb, *args, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
     h = _convolved(block.conv1, _normed(block.norm1, x))
-    shift = block.conv1.bias
-    if block.time_emb_proj is not None:
-        shift = shift + block.time_emb_proj(silu(temb))
+    shift = once.shift(block, temb)
+    if shift is None:
+        shift = block.conv1.bias
+        if block.time_emb_proj is not None:
+            shift = shift + block.time_emb_proj(silu(temb))
     h = _convolved(block.conv2, _normed(block.norm2, h, shift=shift))
     bias = block.conv2.bias
     if block.conv_shortcut is not None:
@@ -68,7 +83,7 @@ def resnet(block, x, temb=None, *args, **kwargs):
 def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
     """`Transformer2DModel.forward` of an image: every residual is added by the layer norm after it."""
     asked = [value for key, value in kwargs.items() if key != "timestep"]  # its blocks have no use for a timestep
-    if args or any(value is not None for value in asked) or not _is_plain_transformer(model):
+    if args or any(value is not None for value in asked) or not is_plain_transformer(model) or _differentiates():
         return type(model).forward(
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
@@ -92,17 +107,62 @@ def _transformer_block(block, h, pending, text):
 
 
 def _attended(attn, x, text):
-    if not _is_plain_attention(attn):
+    if not is_plain_attention(attn):
         return attn(x, encoder_hidden_states=text)
-    seen = x if text is None else text
     if type(attn.processor) is FusedAttnProcessor2_0 and text is None:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-    elif type(attn.processor) is FusedAttnProcessor2_0:
-        q, (k, v) = attn.to_q(x), attn.to_kv(seen).chunk(2, dim=-1)
     else:
-        q, k, v = attn.to_q(x), attn.to_k(seen), attn.to_v(seen)
+        q = attn.to_q(x)
+        k, v = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def keys_and_values(attn, seen):
+    """What attention layer `attn` makes of what it looks at: two tensors [batch, tokens, channels]."""
+    if type(attn.processor) is FusedAttnProcessor2_0 and attn.is_cross_attention:
+        return attn.to_kv(seen).chunk(2, dim=-1)
+    return attn.to_k(seen), attn.to_v(seen)
+
+
+def _differentiates():
+    """Our kernels have no gradients: where some may be asked for, diffusers' code is used."""
+    return torch.is_grad_enabled()
+
+
+class _End:
+    """A model's last norm and the SiLU after it, two modules, as one kernel: the norm does both."""
+
+    def __init__(self, norm, act):
+        self.pair = norm, act
+        norm.forward, act.forward = self.normed, self.passed_on
+
+    @classmethod
+    def fuse(cls, norm, act):
+        """Make one of the two, if they are what is known here."""
+        if (
+            type(norm) is nn.GroupNorm
+            and type(act) is nn.SiLU
+            and not {"forward"} & (vars(norm).keys() | vars(act).keys())
+        ):
+            cls(norm, act)
+
+    @classmethod
+    def has(cls, module):
+        """Whether `module` is one of such a pair."""
+        return isinstance(getattr(vars(module).get("forward"), "__self__", None), cls)
+
+    def fits(self):
+        return not (_differentiates() or any(part._forward_hooks or part._forward_pre_hooks for part in self.pair))
+
+    def normed(self, x):
+        norm = self.pair[0]
+        if not self.fits():
+            return nn.GroupNorm.forward(norm, x)
+        return _normed(norm, x.contiguous(memory_format=torch.channels_last))
+
+    def passed_on(self, x):
+        return x if self.fits() else nn.SiLU.forward(self.pair[1], x)
 
 
 def _normed(norm, x, activation=True, shift=None):
@@ -133,7 +193,8 @@ def _is_stock(*modules, kind=None):
     return True
 
 
-def _is_plain_resnet(block):
+def is_plain_resnet(block):
+    """Whether `block` is the residual block that is computed here."""
     convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
     return (
         _is_stock(*convolutions, kind=nn.Conv2d)
@@ -153,7 +214,8 @@ def _is_plain_resnet(block):
     )
 
 
-def _is_plain_transformer(model):
+def is_plain_transformer(model):
+    """Whether `model` and its blocks are those that are computed here."""
     ends = (model.proj_in, model.proj_out)
     return (
         model.is_input_continuous
@@ -183,7 +245,8 @@ def _is_plain_block(block):
     )
 
 
-def _is_plain_attention(attn):
+def is_plain_attention(attn):
+    """Whether `attn` is the layer that is computed here: scaled dot products of its own projections, and no more."""
     return (
         type(attn) is Attention
         and _is_stock(attn)

@@ -8,11 +8,14 @@ Bytes: x is read twice and `out` written once, 3 * numel * itemsize; with tensor
 is possible, since the last number of a group changes the first. Operations: about ten a number, so memory is the limit.
 
 Three kernels, since no program sees a whole group:
-1. moments: each program takes a tile of positions and channels, and leaves the mean and the squared deviations of every
-   channel in it. `shift` is the same at all positions, so it moves a channel's mean and nothing else: it can wait.
-2. fold: from the tiles' moments a group's mean and variance (Chan's formula, which never subtracts two large numbers),
-   and from these two numbers a channel: out = silu(x * scale + offset), with weight, bias, shift and statistics in them.
-3. apply: reads x again, one multiplication and one addition, SiLU, and writes.
+1. moments: each program takes a part of the positions and a strip of channels, and leaves the mean and the squared
+   deviations of every channel in it, both summed around the part's first position: what is summed is as small as the
+   deviations, and one reading is enough. `shift` is the same at all positions, so it moves a channel's mean and nothing
+   else: it can wait.
+2. fold: from the parts' moments a group's mean and variance, summed around one part's mean in the same way, and from
+   these two numbers a channel: out = silu(x * scale + offset), with weight, bias, shift and statistics in them.
+3. apply: reads x again, one multiplication and one addition, SiLU, and writes. It goes from the end to the start, since
+   what was read last may still be in the GPU's cache.
 """
 
 import torch
@@ -23,7 +26,8 @@ from sdopt.kernels import launch
 from sdopt.errors import UserError
 
 NAME = "group_norm"
-CHANNELS = 64  # of a tile: 128 bytes of bfloat16, a cache line
+CHANNELS = 64  # of a strip: 128 bytes of bfloat16, a cache line
+PROGRAMS = 1024  # enough for every multiprocessor of a large GPU to have several at once
 
 
 def group_norm(
@@ -38,7 +42,8 @@ def group_norm(
     """Group normalisation, by default with SiLU after it; an image in channels_last, in and out.
 
     `x`: [batch, channels, height, width], float32, float16 or bfloat16, channels_last; `weight`, `bias`: [channels];
-    `shift`: [channels] or [batch, channels], added to `x` first. Sums in float32; the result has the dtype of `x`.
+    `shift`: [channels] or [batch, channels], added to `x` first; its rows may be parts of longer ones. Sums in float32;
+    the result has the dtype of `x`.
     Raises UserError for other shapes, layouts, dtypes, or a number of groups that does not divide the channels.
     Source: https://arxiv.org/abs/1803.08494.
     """
@@ -51,21 +56,24 @@ def group_norm(
     for name, tensor in (("weight", weight), ("bias", bias)):
         launch.check_shape(NAME, name, tensor, (channels,))
     shared = shift is None or shift.ndim == 1
-    launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels))
+    launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
     out = torch.empty_like(x)
-    tall = _rows_a_tile(batch, rows, channels)
-    tiles, strips = triton.cdiv(rows, tall), triton.cdiv(channels, CHANNELS)
-    moments = torch.empty(2, batch, tiles, channels, device=x.device, dtype=torch.float32)
+    tall, turns = _part(batch, rows, channels)
+    parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
+    moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
     lines = torch.empty(2, batch, channels, device=x.device, dtype=torch.float32)
-    _moments[(tiles, strips, batch)](x, moments, moments[1], rows, channels, tall, CHANNELS, num_warps=4)
+    _moments[(parts, strips, batch)](x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
     size = channels // groups
+    wide = triton.next_power_of_2(size)
     _fold[(groups, batch)](
         *(moments, moments[1], lines, lines[1], weight, bias, x if shift is None else shift),
-        *(rows, channels, tiles, 0 if shared else channels, eps, size),
-        *(tall, 16, triton.next_power_of_2(size), shift is not None),
+        *(rows, channels, parts, 0 if shared else shift.stride(0), eps, size),
+        *(tall * turns, _parts_at_once(parts, wide), wide, shift is not None),
         num_warps=4,
     )
-    _apply[(tiles, strips, batch)](x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu, num_warps=4)
+    _apply[(triton.cdiv(rows, tall), strips, batch)](
+        x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu, num_warps=4
+    )
     return out
 
 
@@ -82,33 +90,51 @@ def bytes_moved(x: torch.Tensor, *_) -> int:
     return 3 * x.numel() * x.itemsize
 
 
-def _rows_a_tile(batch, rows, channels):
-    """Positions a program takes: many, so that few moments are left to fold, but enough programs for every multiprocessor."""
-    for tall in (128, 64, 32):
-        if batch * triton.cdiv(rows, tall) * triton.cdiv(channels, CHANNELS) >= 512:
-            return tall
-    return 16
+def _part(batch, rows, channels):
+    """(positions a tile, tiles a part): large, so that few moments are left to fold, while there are programs enough."""
+    programs = lambda positions: batch * triton.cdiv(rows, positions) * triton.cdiv(channels, CHANNELS)
+    for tall, turns in ((64, 16), (64, 8), (64, 4), (64, 2), (64, 1), (32, 1)):
+        if programs(tall * turns) >= PROGRAMS:
+            return tall, turns
+    return 16, 1
+
+
+def _parts_at_once(parts, wide):
+    """Parts that a program of `_fold` loads together: all of them up to 4096 numbers, so as to wait for memory once."""
+    return min(triton.next_power_of_2(parts), 4096 // wide)
 
 
 @triton.jit
-def _moments(x, means, squares, rows, channels, TALL: tl.constexpr, WIDE: tl.constexpr):
-    tile, batch = tl.program_id(0), tl.program_id(2)
-    position, channel = tile * TALL + tl.arange(0, TALL), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    inside = (position < rows)[:, None] & (channel < channels)[None, :]
+def _moments(
+    x, means, squares, rows, channels, TALL: tl.constexpr, TURNS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    part, batch = tl.program_id(0), tl.program_id(2)
+    channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    real = channel < channels
     start = x + batch.to(tl.int64) * rows * channels
-    v = tl.load(start + position[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
-    mean = tl.sum(v, 0) / tl.minimum(TALL, rows - tile * TALL)
-    off = tl.where(inside, v - mean[None, :], 0.0)
-    at = (batch * tl.num_programs(0) + tile) * channels + channel
-    tl.store(means + at, mean, channel < channels)
-    tl.store(squares + at, tl.sum(off * off, 0), channel < channels)
+    top = part * TALL * TURNS
+    first = tl.load(start + top * channels + channel, real, 0.0).to(tl.float32)
+    total = tl.zeros([TALL, WIDE], tl.float32)
+    squared = tl.zeros([TALL, WIDE], tl.float32)
+    for turn in tl.static_range(TURNS):
+        position = top + turn * TALL + tl.arange(0, TALL)
+        inside = (position < rows)[:, None] & real[None, :]
+        v = tl.load(start + position[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
+        off = tl.where(inside, v - first[None, :], 0.0)
+        total += off
+        squared += off * off
+    count = tl.minimum(TALL * TURNS, rows - top).to(tl.float32)
+    moved = tl.sum(total, 0)
+    at = (batch * tl.num_programs(0) + part) * channels + channel
+    tl.store(means + at, first + moved / count, real)
+    tl.store(squares + at, tl.sum(squared, 0) - moved * moved / count, real)
 
 
 @triton.jit
 def _fold(
     means, squares, scales, offsets, weight, bias, shift,
-    rows, channels, tiles, shift_stride, eps, size,
-    TALL: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr, SHIFTED: tl.constexpr,
+    rows, channels, parts, shift_stride, eps, size,
+    TALL: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     k = tl.arange(0, SIZE)
@@ -117,35 +143,32 @@ def _fold(
     moved = tl.zeros([SIZE], tl.float32)
     if SHIFTED:
         moved += tl.load(shift + batch * shift_stride + channel, own, 0.0).to(tl.float32)
-    start = batch * tiles * channels
-    total = tl.zeros([TILES, SIZE], tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        here = (tile < tiles)[:, None] & own[None, :]
-        count = tl.minimum(TALL, rows - tile * TALL).to(tl.float32)
-        mean = tl.load(means + start + tile[:, None] * channels + channel[None, :], here, 0.0)
-        total += tl.where(here, count[:, None] * (mean + moved[None, :]), 0.0)
+    start = batch * parts * channels
+    around = tl.load(means + start + tl.program_id(0) * size)
+    total = tl.zeros([PARTS, SIZE], tl.float32)
+    squared = tl.zeros([PARTS, SIZE], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        here = (part < parts)[:, None] & own[None, :]
+        count = tl.minimum(TALL, rows - part * TALL).to(tl.float32)[:, None]
+        at = start + part[:, None] * channels + channel[None, :]
+        off = tl.load(means + at, here, 0.0) + moved[None, :] - around
+        total += tl.where(here, count * off, 0.0)
+        squared += tl.where(here, tl.load(squares + at, here, 0.0) + count * off * off, 0.0)
     all_of = rows * size
-    group = tl.sum(tl.sum(total, 0), 0) / all_of
-    total = tl.zeros([TILES, SIZE], tl.float32)
-    for first in range(0, tiles, TILES):
-        tile = first + tl.arange(0, TILES)
-        here = (tile < tiles)[:, None] & own[None, :]
-        count = tl.minimum(TALL, rows - tile * TALL).to(tl.float32)
-        at = start + tile[:, None] * channels + channel[None, :]
-        off = tl.load(means + at, here, 0.0) + moved[None, :] - group
-        total += tl.where(here, tl.load(squares + at, here, 0.0) + count[:, None] * off * off, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(tl.sum(total, 0), 0) / all_of + eps)
-    scale = tl.load(weight + channel, own, 0.0).to(tl.float32) * rstd
-    offset = tl.load(bias + channel, own, 0.0).to(tl.float32) + (moved - group) * scale
+    apart = tl.sum(tl.sum(total, 0), 0) / all_of
+    variance = tl.sum(tl.sum(squared, 0), 0) / all_of - apart * apart
+    scale = tl.load(weight + channel, own, 0.0).to(tl.float32) / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    offset = tl.load(bias + channel, own, 0.0).to(tl.float32) + (moved - around - apart) * scale
     tl.store(scales + batch * channels + channel, scale, own)
     tl.store(offsets + batch * channels + channel, offset, own)
 
 
 @triton.jit
 def _apply(x, out, scales, offsets, rows, channels, TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr):
-    batch = tl.program_id(2)
-    position, channel = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    strip, batch = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
+    position, channel = tile * TALL + tl.arange(0, TALL), strip * WIDE + tl.arange(0, WIDE)
     real = channel < channels
     scale = tl.load(scales + batch * channels + channel, real, 0.0)
     offset = tl.load(offsets + batch * channels + channel, real, 0.0)

@@ -22,13 +22,13 @@ def check(kernel: str, x: torch.Tensor, **others: torch.Tensor | None):
             raise UserError(f"{kernel}: {name} is on {other.device}, the input on {x.device}: move one to the other")
 
 
-def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]):
-    """Raise UserError unless `tensor` is None or contiguous with `shape`."""
+def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], rows_apart: bool = False):
+    """Raise UserError unless `tensor` is None or contiguous with `shape`; with `rows_apart`, each of its rows alone."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
         raise UserError(f"{kernel}: {name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-    if not tensor.is_contiguous():
+    if not (tensor[0] if rows_apart and tensor.ndim == 2 else tensor).is_contiguous():
         raise UserError(f"{kernel}: {name} is not contiguous: call .contiguous() on it")
 
 

@@ -1,0 +1,109 @@
+"""CUDA graphs of a module's calls, one a shape: captured at the shape's first call, the least recently used forgotten first.
+
+A graph is a list of kernels with all their addresses, started as one. It is right as long as what lies at these addresses is
+what the module would read, so a module is looked at again before each picture (`state`), and its graphs are forgotten when its
+weights have moved. Weights that change where they are need no new graph.
+"""
+
+import warnings
+from collections import OrderedDict
+from functools import update_wrapper
+
+import torch
+
+from sdopt.engine import state
+
+
+def can_capture(module) -> bool:
+    """Whether the module is on a device that has graphs."""
+    return next(module.parameters()).is_cuda
+
+
+def capture(call, memory):
+    """`call()` as a CUDA graph in the memory pool `memory`: (a function that replays it, what it returns at each replay).
+
+    What is returned lies in the pool, at the same place each time: copy it before the next replay. `call` runs once
+    before, for whatever is set up at a first call (kernels compiled, algorithms tried).
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # another thread may allocate meanwhile
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        output = call()
+    return graph.replay, output
+
+
+def place(tensor, device):
+    """A tensor of its own for `tensor`'s values, where a graph will look for them; images in channels_last memory."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return torch.empty_like(tensor, device=device, memory_format=layout).copy_(tensor)
+
+
+def put(places, tensors):
+    """Copy `tensors` to their `places`: two dicts, of which the second may hold fewer."""
+    for name, tensor in tensors.items():
+        places[name].copy_(tensor)
+
+
+def shapes(tensors):
+    """What one graph is for: a key that two dicts of tensors share if one graph can serve both."""
+    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+
+
+class Captured:
+    """A module's `forward` by graphs: what `Decoder` and `unet.UNet` share. `memory`: the pool all their graphs live in."""
+
+    def __init__(self, module, memory, limit):
+        self.module, self.memory, self.limit = module, memory, limit
+        self.entries, self.said = OrderedDict(), set()
+        self.seen = self.reason = None
+        update_wrapper(self, type(module).forward)  # pipelines look at its signature
+
+    def look(self):
+        """See whether the module is what it was; if not, forget its graphs, and ask whether it can be captured at all."""
+        seen = state.fingerprint(self.module)
+        if seen != self.seen:
+            self.entries.clear()
+            self.seen, self.reason = seen, state.why_not(self.module)
+            return True
+        return False
+
+    def entry(self, key, make):
+        """The entry for `key`, made by `make()` where there is none, the least recently used going first."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            while len(self.entries) >= self.limit:
+                self.entries.popitem(last=False)
+            self.entries[key] = make()
+        return self.entries[key]
+
+    def eagerly(self, reason, *args, **kwargs):
+        """The module's own forward; says once why."""
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"the engine runs {type(self.module).__name__} eagerly: {reason}", stacklevel=4)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class Decoder(Captured):
+    """A VAE's decoder: latents in, an image out."""
+
+    def __call__(self, sample, *args, **kwargs):
+        self.look()
+        if any(value is not None for value in (*args, *kwargs.values())):
+            return self.eagerly("it was called with more than latents", sample, *args, **kwargs)
+        if self.reason or torch.is_grad_enabled():
+            return self.eagerly(self.reason or "gradients are on", sample)
+        places, replay, output = self.entry(shapes({"sample": sample}), lambda: self._make(sample))
+        places["sample"].copy_(sample)
+        replay()
+        return output.clone()
+
+    def _make(self, sample):
+        places = {"sample": place(sample, sample.device)}
+        return places, *capture(lambda: type(self.module).forward(self.module, places["sample"]), self.memory)

@@ -1,0 +1,69 @@
+"""What stays as it is from step to step, computed once: the prompt's keys and values, and all time projections as one product.
+
+`Once` holds it, and the blocks of `fused` take it from there while `using` lasts. What it holds was computed from weights, so
+it is computed again for every picture: weights that were changed in place show in the next.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, silu
+
+_now = None
+
+
+class Once:
+    """For one UNet: `resnets`, its residual blocks with a time projection, and `attend`, its layers that look at the prompt."""
+
+    def __init__(self, resnets, layers, keys_and_values):
+        self.layers, self.of_prompt, self._keys_and_values = layers, {}, keys_and_values
+        self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
+        widths = [block.time_emb_proj.out_features for block in self.resnets]
+        ends = torch.tensor(widths).cumsum(0).tolist()
+        self.places = {block: (end - width, end) for block, width, end in zip(self.resnets, widths, ends)}
+        self.temb = self.shifts = None
+        self.weight = self.bias = None
+
+    @torch.no_grad()
+    def gather(self):
+        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty."""
+        weights = [block.time_emb_proj.weight for block in self.resnets]
+        biases = [block.time_emb_proj.bias + block.conv1.bias for block in self.resnets]
+        if self.resnets and self.weight is None:
+            self.weight, self.bias = torch.cat(weights), torch.cat(biases)
+        elif self.resnets:  # at the same place: graphs read it there
+            torch.cat(weights, out=self.weight)
+            torch.cat(biases, out=self.bias)
+
+    def read_prompt(self, text):
+        """{layer: its keys and values} of the prompt's embeddings `text`, [samples, tokens, channels]."""
+        return {layer: self._keys_and_values(layer, text) for layer in self.layers}
+
+    def shift_of(self, block, temb):
+        if self.temb is not temb:  # a step's first block computes it for all
+            self.temb, self.shifts = temb, linear(silu(temb), self.weight, self.bias)
+        start, end = self.places[block]
+        return self.shifts[:, start:end]
+
+
+@contextmanager
+def using(held, of_prompt):
+    """Within it the blocks take `of_prompt`, what `held.read_prompt` returned, and the time projections of `held`."""
+    global _now
+    before, _now = _now, (held, of_prompt)
+    try:
+        yield
+    finally:
+        _now = before
+        held.temb = held.shifts = None
+
+
+def keys_and_values(layer):
+    """The prompt's keys and values for an attention layer, if they have been computed."""
+    return _now[1].get(layer) if _now else None
+
+
+def shift(block, temb):
+    """What a residual block adds to every position after its first convolution, that one's bias included, or None."""
+    return _now[0].shift_of(block, temb) if _now and block in _now[0].places else None

@@ -1,0 +1,142 @@
+"""A UNet's calls by CUDA graphs, with what is the same at every step of a picture computed once."""
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from sdopt.engine import fused, graphs
+from sdopt.engine.once import Once, using
+
+OF_PROMPT = ("encoder_hidden_states", "text_embeds", "time_ids")
+
+
+class UNet(graphs.Captured):
+    """`UNet2DConditionModel.forward`, to the same result.
+
+    At a shape's first call two graphs are captured: one of what is computed from the prompt, replayed when the prompt is
+    another or a picture begins, and one of a step. Arguments that are not known here are left to diffusers.
+    """
+
+    held = None  # what is computed once
+    last = None  # the timestep of the call before
+    picture = 0  # counts them
+
+    @torch.compiler.disable
+    def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict=True, **kwargs):
+        inputs, unknown = _named(sample, timestep, encoder_hidden_states, args, kwargs)
+        if not _follows(self.last, timestep):
+            self._begin()
+        self.last = timestep
+        reason = unknown or self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
+        if reason:
+            given = (sample, timestep, encoder_hidden_states, *args)
+            return self.eagerly(reason, *given, return_dict=return_dict, **kwargs)
+        entry = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs))
+        out = entry.step(inputs)
+        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _begin(self):
+        """Before a picture: see that the graphs are still right, and compute again what was computed from weights."""
+        self.picture += 1
+        if self.look():
+            self.held = None
+        if self.reason is None:
+            self.held = self.held or _held(self.module)
+            self.held.gather()
+
+
+class _Entry:
+    """The graphs for one shape of the inputs."""
+
+    def __init__(self, unet, inputs):
+        self.unet, self.held, forward = unet, unet.held, type(unet.module).forward
+        device = next(unet.module.parameters()).device
+        self.places = {name: graphs.place(tensor, device) for name, tensor in inputs.items()}
+        self.prompt, self.picture = {}, None
+        text = self.places["encoder_hidden_states"]
+        self.read_prompt, of_prompt = graphs.capture(lambda: self.held.read_prompt(text), unet.memory)
+
+        def call():
+            with using(self.held, of_prompt):
+                return forward(unet.module, **_as_call(self.places), return_dict=False)[0]
+
+        self.replay, self.output = graphs.capture(call, unet.memory)
+
+    def step(self, inputs):
+        """The UNet's output for `inputs`, in a tensor of its own: a scheduler may keep it."""
+        prompt = {name: inputs[name] for name in OF_PROMPT if name in inputs}
+        if self.picture != self.unet.picture or not all(self._has(name, tensor) for name, tensor in prompt.items()):
+            graphs.put(self.places, prompt)
+            self.read_prompt()
+            self.prompt = {name: (tensor, _version(tensor)) for name, tensor in prompt.items()}
+            self.picture = self.unet.picture
+        graphs.put(self.places, {name: tensor for name, tensor in inputs.items() if name not in prompt})
+        self.replay()
+        return self.output.clone()
+
+    def _has(self, name, tensor):
+        """Whether `tensor` is the very one that was put in its place, and has not been written to since."""
+        held, version = self.prompt.get(name, (None, None))
+        return held is tensor and version is not None and version == _version(tensor)
+
+
+def _held(unet):
+    resnets = [m for m in unet.modules() if type(m) is ResnetBlock2D and fused.is_plain_resnet(m)]
+    blocks = [
+        block
+        for model in unet.modules()
+        if type(model) is Transformer2DModel and fused.is_plain_transformer(model)
+        for block in model.transformer_blocks
+    ]
+    layers = [block.attn2 for block in blocks if fused.is_plain_attention(block.attn2)]
+    return Once(resnets, layers, fused.keys_and_values)
+
+
+def _named(sample, timestep, text, args, kwargs):
+    """(the call's tensors by name, None), or (None, what in it is unknown)."""
+    given = {name: value for name, value in kwargs.items() if value is not None and value != {}}
+    added = given.pop("added_cond_kwargs", {})
+    down = given.pop("down_block_additional_residuals", ())
+    middle = given.pop("mid_block_additional_residual", None)
+    unknown = [*given, *(name for name in added if name not in OF_PROMPT)]
+    if unknown or any(value is not None for value in args):
+        return None, f"it was called with {', '.join(unknown) or 'more arguments'}"
+    if bool(down) != (middle is not None):
+        return None, "it was called with residuals that are not a ControlNet's"
+    timestep = torch.as_tensor(timestep).float()  # as its embedding does; schedulers differ in the dtype
+    residuals = {f"residual_{n}": tensor for n, tensor in enumerate(down)}
+    residuals |= {} if middle is None else {"residual_middle": middle}
+    return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text, **added, **residuals}, None
+
+
+def _as_call(places):
+    """The keywords of `UNet2DConditionModel.forward` from tensors by name: the other way round."""
+    own = {name: places[name] for name in ("sample", "timestep", "encoder_hidden_states")}
+    added = {name: places[name] for name in ("text_embeds", "time_ids") if name in places}
+    down = [tensor for name, tensor in places.items() if name.startswith("residual_") and name != "residual_middle"]
+    middle = places.get("residual_middle")
+    return own | {
+        "added_cond_kwargs": added or None,
+        "down_block_additional_residuals": tuple(down) or None,
+        "mid_block_additional_residual": middle,
+    }
+
+
+def _follows(last, timestep):
+    """Whether a call at `timestep` goes on with the picture of the call at `last`; where it cannot be told, it does not.
+
+    Timesteps on a GPU are parts of one tensor, and only their places in it are looked at: to look at their values would make
+    the loop wait. `last` is the tensor itself, so that nothing else can lie at its address.
+    """
+    if not isinstance(timestep, torch.Tensor):
+        return isinstance(last, (int, float)) and timestep < last
+    if not isinstance(last, torch.Tensor) or timestep.device != last.device:
+        return False
+    same = timestep.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    return same and timestep.storage_offset() > last.storage_offset()
+
+
+def _version(tensor):
+    """How often `tensor` was written to, or None if PyTorch does not count (in inference mode)."""
+    return None if tensor.is_inference() else tensor._version

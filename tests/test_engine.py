@@ -1,0 +1,397 @@
+"""The engine against the eager pipeline: on a CPU with a stand-in for CUDA graphs, on a GPU as it is.
+
+The stand-in keeps a graph's contract: what is captured is not computed before the first replay, a replay reads its inputs and
+leaves its outputs at fixed places, and nothing but a new capture puts them elsewhere.
+"""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
+from peft import LoraConfig
+from tiny import draw, psnr, tiny_sdxl
+
+from sdopt import compilation, engine, guidance, models
+from sdopt.engine import fused, graphs
+from sdopt.errors import UserError
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm
+
+SMALL = {"height": 16, "width": 16, "num_inference_steps": 2}
+
+
+def places(output):
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [t for pair in output.values() for t in pair]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Counts the captures of a stand-in for CUDA graphs; the kernels are their references."""
+    made = []
+    for kernel in (add_layer_norm, bias_residual, geglu, group_norm):
+        monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
+
+    def capture(call, memory):
+        output = call()
+        for place in places(output):
+            place.fill_(float("nan"))
+
+        def replay():
+            for place, new in zip(places(output), places(call()), strict=True):
+                place.copy_(new)
+
+        made.append(replay)
+        return replay, output
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "can_capture", lambda module: True)
+    return made
+
+
+@pytest.fixture
+def tiny():
+    """A random SDXL pipeline."""
+    pipe = tiny_sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def small(pipe, **call):
+    return draw(pipe, **SMALL | call)
+
+
+def both(tiny, **call):
+    """Pictures of the eager pipeline and of the prepared one."""
+    engine.restore(tiny)
+    eager = small(tiny, **call)
+    return eager, small(engine.prepare(tiny), **call)
+
+
+def assert_same(ours, theirs):
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_a_prepared_pipeline_draws_the_same_and_captures_a_size_once(tiny, captured):
+    eager, ours = both(tiny)
+    assert_same(ours, eager)
+    assert len(captured) == 3, "what the prompt gives, a step, the decoder"
+    assert np.array_equal(small(tiny), ours) and len(captured) == 3
+    assert np.abs(small(tiny, prompt="a blue cube", seeds=(3,)) - ours).max() > 1e-3
+    assert len(captured) == 3, "another prompt is not another graph"
+    small(tiny, width=24)
+    assert len(captured) == 6
+    assert np.array_equal(small(tiny), ours) and len(captured) == 6
+
+
+def test_restoring_leaves_nothing(tiny, captured):
+    before = small(tiny)
+    weight = tiny.unet.conv_in.weight
+    assert engine.prepare(engine.prepare(tiny)) is tiny
+    assert engine.is_prepared(tiny) and weight.is_contiguous(memory_format=torch.channels_last)
+    small(tiny)
+    assert engine.restore(engine.restore(tiny)) is tiny
+    made = len(captured)
+    assert np.array_equal(small(tiny), before) and len(captured) == made
+    assert weight.is_contiguous() and "set_timesteps" not in vars(tiny.scheduler)
+    assert not any("forward" in vars(m) for part in (tiny.unet, tiny.vae) for m in part.modules())
+
+
+def test_the_least_recently_used_graph_is_forgotten(tiny, captured):
+    engine.prepare(tiny, keep=1)
+    first = small(tiny)
+    small(tiny, height=24)
+    assert len(tiny.unet.forward.entries) == len(tiny.vae.decoder.forward.entries) == 1
+    assert np.array_equal(small(tiny), first) and len(captured) == 9
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+def test_any_scheduler(tiny, captured, scheduler):
+    engine.prepare(tiny)
+    small(tiny)
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    ours = small(tiny, num_inference_steps=5)
+    assert len(captured) == 3 and "set_timesteps" not in vars(tiny.scheduler)
+    engine.restore(tiny)
+    assert_same(ours, small(tiny, num_inference_steps=5))
+
+
+def test_a_cutoff_changes_the_batch(tiny, captured):
+    eager, ours = both(tiny, num_inference_steps=3, **guidance.cutoff(tiny, 0.4))
+    assert_same(ours, eager)
+    assert len(captured) == 5, "a graph of the prompt and one of a step for each batch, and the decoder"
+
+
+def test_a_prompt_that_a_callback_changes_is_read_again(tiny, captured):
+    def change(how):
+        def callback(pipe, step, timestep, kwargs):
+            embeds = kwargs["prompt_embeds"]
+            return {"prompt_embeds": embeds.mul_(0.5) if how == "in place" else embeds * 0.5}
+
+        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+    plain = small(tiny)
+    for how in ("in place", "another tensor"):
+        eager, ours = both(tiny, **change(how))
+        assert_same(ours, eager)
+        assert np.abs(ours - plain).max() > 1e-3, "it has to matter"
+
+
+def test_a_lora_put_in_fused_and_taken_out_shows_at_once(tiny, captured):
+    """With the same embeddings each time, so that only the weights can tell."""
+    with torch.no_grad():
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeds = dict(zip(names, tiny.encode_prompt("a red sphere", device="cpu")))
+    call = {"prompt": None, **embeds}
+    engine.prepare(tiny)
+    seen = [small(tiny, **call)]
+    torch.manual_seed(0)
+    targets = ["to_k", "to_v", "time_emb_proj", "conv1"]
+    tiny.unet.add_adapter(LoraConfig(r=4, lora_alpha=64, target_modules=targets, init_lora_weights=False))
+    changes = [
+        lambda: None,
+        lambda: tiny.unet.set_adapters(["default"], [0.3]),
+        lambda: tiny.unet.disable_adapters(),
+        lambda: tiny.unet.enable_adapters(),
+        lambda: tiny.fuse_lora(components=["unet"]),
+        lambda: tiny.unfuse_lora(components=["unet"]),
+    ]
+    for change in changes:
+        change()
+        seen.append(small(tiny, **call))
+    off, on, weaker, disabled, enabled, fused_in, taken_out = seen
+    for one, other in ((off, on), (on, weaker), (weaker, disabled)):
+        assert np.abs(one - other).max() > 1e-3, "it has to matter"
+    assert_same(disabled, off)
+    for again in (enabled, fused_in, taken_out):
+        assert_same(again, weaker)
+    for weight in tiny.unet.parameters():  # as peft writes: no version counts it
+        weight.data.mul_(0.9)
+    made, ours = len(captured), small(tiny, **call)
+    assert len(captured) == made, "weights that change in place need no new graph"
+    engine.restore(tiny)
+    assert_same(ours, small(tiny, **call))
+    assert np.abs(ours - taken_out).max() > 1e-3
+
+
+def test_weights_that_move_are_captured_again(tiny, captured):
+    engine.prepare(tiny)
+    small(tiny)
+    made = len(captured)
+    for part in (tiny.unet, tiny.vae):
+        for weight in part.parameters():
+            weight.data = weight.data * 0.9
+    ours = small(tiny)
+    assert len(captured) == 2 * made
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+
+
+class Halved(AttnProcessor2_0):
+    """A processor that nobody knows."""
+
+    def __call__(self, *args, **kwargs):
+        return 0.5 * super().__call__(*args, **kwargs)
+
+
+UNKNOWN = {
+    "FreeU": (lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6), "FreeU is enabled"),
+    "processor": (lambda pipe: pipe.unet.set_attn_processor(Halved()), "processor unknown here, Halved"),
+    "hook": (lambda pipe: pipe.unet.conv_in.register_forward_hook(lambda m, a, out: -out), "conv_in has a hook"),
+    "decoder": (lambda pipe: pipe.vae.decoder.conv_in.register_forward_hook(lambda m, a, out: -out), "Decoder eagerly"),
+}
+
+
+@pytest.mark.parametrize("change, said", UNKNOWN.values(), ids=UNKNOWN)
+def test_what_is_not_known_runs_eagerly_and_is_said_once(tiny, captured, change, said):
+    engine.prepare(tiny)
+    before = small(tiny)
+    change(tiny)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        ours = [small(tiny) for _ in range(2)]
+    assert [said in str(w.message) for w in heard if "engine" in str(w.message)] == [True]
+    engine.restore(tiny)
+    assert_same(ours[1], small(tiny))
+    assert np.abs(ours[1] - before).max() > 1e-3, "it has to matter"
+
+
+def test_unknown_arguments_reach_diffusers(tiny, captured):
+    engine.prepare(tiny)
+    with pytest.warns(UserWarning, match="called with cross_attention_kwargs"):
+        ours = small(tiny, cross_attention_kwargs={"scale": 1.0})
+    assert_same(ours, small(tiny))
+
+
+def unet_inputs(residuals=False, batch=1):
+    torch.manual_seed(1)
+    added = {"text_embeds": torch.randn(batch, 32), "time_ids": torch.ones(batch, 6)}
+    inputs = {"encoder_hidden_states": torch.randn(batch, 77, 64), "added_cond_kwargs": added}
+    if residuals:
+        shapes = [(32, 8), (32, 8), (32, 4), (64, 4)]
+        down = tuple(torch.randn(batch, c, side, side) for c, side in shapes)
+        inputs |= {"down_block_additional_residuals": down}
+        inputs |= {"mid_block_additional_residual": torch.randn(batch, 64, 4, 4)}
+    return torch.randn(batch, 4, 8, 8), inputs
+
+
+@torch.no_grad()
+def test_a_controlnets_residuals_are_inputs(tiny, captured):
+    sample, inputs = unet_inputs(residuals=True)
+    plain, _ = tiny.unet(sample, 500, **unet_inputs()[1], return_dict=False), None
+    results = {}
+    for name in ("eager", "ours"):
+        results[name] = []
+        for scale in (1.0, 0.5):
+            down = tuple(scale * t for t in inputs["down_block_additional_residuals"])
+            changed = inputs | {"down_block_additional_residuals": down}
+            results[name].append(tiny.unet(sample, 500, **changed).sample)
+        engine.prepare(tiny)
+    for ours, eager in zip(results["ours"], results["eager"]):
+        assert (ours - eager).abs().max() < 1e-4
+    assert len(captured) == 2 and (results["ours"][0] - plain[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("times", [(900, 500, 100), (100, 500), (900.0, 500.0), torch.tensor([900, 500, 500])])
+def test_a_loop_of_ones_own(tiny, captured, times):
+    sample, inputs = unet_inputs()
+    eager = [tiny.unet(sample, t, **inputs).sample for t in times]
+    engine.prepare(tiny)
+    ours = [tiny.unet(sample, t, **inputs).sample for t in times]
+    for one, other in zip(ours, eager):
+        assert (one - other).abs().max() < 1e-4
+    assert len({id(t) for t in ours}) == len(ours), "each result is a tensor of its own"
+
+
+def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured):
+    with torch.inference_mode():
+        sample, inputs = unet_inputs()
+        times = torch.tensor([900, 500])
+        eager = []
+        for t in times:
+            eager.append(tiny.unet(sample, t, **inputs).sample)
+            inputs["encoder_hidden_states"].mul_(0.5)
+        engine.prepare(tiny)
+        inputs["encoder_hidden_states"].mul_(4.0)
+        for t, right in zip(times, eager):
+            assert (tiny.unet(sample, t, **inputs).sample - right).abs().max() < 1e-4
+            inputs["encoder_hidden_states"].mul_(0.5)
+
+
+def test_gradients_flow_as_before(tiny, captured):
+    engine.prepare(tiny)
+    sample, inputs = unet_inputs()
+    with pytest.warns(UserWarning, match="gradients are on"):
+        tiny.unet(sample.requires_grad_(), 500, **inputs).sample.sum().backward()
+    assert sample.grad.abs().max() > 0 and not captured
+
+
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_nothing(tiny, captured):
+    engine.prepare(tiny)
+    sample, inputs = unet_inputs()
+    with pytest.raises(RuntimeError):
+        tiny.unet(sample[:, :3], 500, **inputs)
+    assert not tiny.unet.forward.entries
+    assert tiny.unet(sample, 500, **inputs).sample.isfinite().all()
+
+
+def test_what_cannot_be_prepared_is_told_in_one_line(tiny, monkeypatch):
+    refused = []
+
+    def refuse(pipe, said):
+        with pytest.raises(UserError, match=said) as told:
+            engine.prepare(pipe)
+        refused.append(str(told.value))
+        assert not engine.is_prepared(pipe) if hasattr(pipe, "unet") else True
+
+    if not torch.cuda.is_available():
+        refuse(tiny, "needs a CUDA GPU")
+    refuse(object(), "object has no UNet")
+    monkeypatch.setattr(graphs, "can_capture", lambda module: True)
+    tiny.unet.forward = lambda *a: None
+    refuse(tiny, "offload")
+    del tiny.unet.forward
+    compilation.compile_pipeline(tiny, "regional", backend="eager")
+    refuse(tiny, "is compiled")
+    assert not any("\n" in line for line in refused)
+
+
+@pytest.fixture
+def on_gpu():
+    """pocket on a GPU in bfloat16, and a function that draws with it: latents and pictures of one prompt list."""
+    pipe = models.load("pocket", device="cuda")
+    pipe.set_progress_bar_config(disable=True)
+    compilation.channels_last(pipe)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.to(torch.bfloat16)
+    return pipe
+
+
+def gpu_draw(pipe, prompts=("a red ball",), side=256, steps=6, seed=0, **call):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    size = {"height": side, "width": side}
+    call = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "np", **size, **call}
+    return pipe(list(prompts), generator=generator, **call).images
+
+
+@pytest.mark.gpu
+def test_gpu_pictures_in_any_order(on_gpu):
+    texts = ["a red ball", "a blue cube on grass", "two green cones", "a small yellow ring"]
+    rng = random.Random(0)
+    calls = [
+        {"prompts": tuple(rng.sample(texts, rng.choice((1, 1, 2)))), "side": rng.choice((128, 192, 256)), "seed": n}
+        for n in range(20)
+    ]
+    eager = [gpu_draw(on_gpu, **call) for call in calls]
+    engine.prepare(on_gpu, keep=4)
+    for call, right in zip(calls, eager):
+        assert psnr(gpu_draw(on_gpu, **call), right) > 30, call
+    engine.restore(on_gpu)
+    assert np.array_equal(gpu_draw(on_gpu, **calls[0]), eager[0])
+
+
+@pytest.mark.gpu
+def test_gpu_the_loop_never_waits(on_gpu):
+    engine.prepare(on_gpu)
+    gpu_draw(on_gpu)
+    steps = []
+
+    def forbid(pipe, step, timestep, kwargs):
+        torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")
+        steps.append(step)
+        return {}
+
+    try:
+        gpu_draw(on_gpu, callback_on_step_end=forbid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 6
+
+
+@pytest.mark.gpu
+def test_gpu_weights_changed_in_place_show_in_the_next_picture(on_gpu):
+    engine.prepare(on_gpu)
+    gpu_draw(on_gpu)
+    for name, weight in on_gpu.unet.named_parameters():
+        if "to_k" in name or "to_v" in name or "time_emb_proj" in name:
+            weight.data.mul_(0.8)
+    ours = gpu_draw(on_gpu)
+    engine.restore(on_gpu)
+    assert psnr(ours, gpu_draw(on_gpu)) > 30
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_bounded(on_gpu):
+    engine.prepare(on_gpu, keep=2)
+    sides, reserved = (128, 192, 256), []
+    for n in range(30):
+        gpu_draw(on_gpu, side=sides[n % 3], steps=2)
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved[15:]) <= 1.05 * max(reserved[3:15]), [r >> 20 for r in reserved]
