@@ -109,6 +109,17 @@ def test_the_least_recently_used_graph_is_forgotten(tiny, captured):
     assert np.array_equal(small(tiny), first) and len(captured) == 9
 
 
+def test_the_one_used_last_stays(tiny, captured):
+    engine.prepare(tiny, keep=2)
+    for width in (16, 24, 16, 32):
+        small(tiny, width=width)
+    made = len(captured)
+    small(tiny, width=16)
+    assert len(captured) == made
+    small(tiny, width=24)
+    assert len(captured) == made + 3
+
+
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
 def test_any_scheduler(tiny, captured, scheduler):
     engine.prepare(tiny)
@@ -161,8 +172,10 @@ def test_a_lora_put_in_fused_and_taken_out_shows_at_once(tiny, captured):
         lambda: tiny.unfuse_lora(components=["unet"]),
     ]
     for change in changes:
+        made = len(captured)
         change()
         seen.append(small(tiny, **call))
+        assert len(captured) > made, "a graph knows nothing of what Python decides"
     off, on, weaker, disabled, enabled, fused_in, taken_out = seen
     for one, other in ((off, on), (on, weaker), (weaker, disabled)):
         assert np.abs(one - other).max() > 1e-3, "it has to matter"
@@ -265,7 +278,35 @@ def test_a_loop_of_ones_own(tiny, captured, times):
     ours = [tiny.unet(sample, t, **inputs).sample for t in times]
     for one, other in zip(ours, eager):
         assert (one - other).abs().max() < 1e-4
-    assert len({id(t) for t in ours}) == len(ours), "each result is a tensor of its own"
+    assert len({t.data_ptr() for t in ours}) == len(ours), "each result is a tensor of its own"
+
+
+@torch.no_grad()
+def test_every_decoded_image_is_a_tensor_of_its_own(tiny, captured):
+    latents = torch.randn(2, 1, 4, 8, 8)
+    eager = [tiny.vae.decode(z).sample for z in latents]
+    engine.prepare(tiny)
+    for ours, right in zip([tiny.vae.decode(z).sample for z in latents], eager):
+        assert (ours - right).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("restart", ["another tensor", "the same tensor, from its start"])
+def test_a_picture_begins_with_the_weights_as_they_are(tiny, captured, restart):
+    """The inputs are the same tensors, and no version counts what is written through `.data`: only the timesteps tell."""
+    sample, inputs = unet_inputs()
+    times = torch.tensor([900.0, 500.0])
+    engine.prepare(tiny)
+    for factor in (1.0, 0.5, 0.5):
+        for name, weight in tiny.unet.named_parameters():
+            if any(part in name for part in ("attn2.to_k", "attn2.to_v", "time_emb_proj")):
+                weight.data.mul_(factor)
+        times = times if restart != "another tensor" else times.clone()
+        for t in times:
+            ours = tiny.unet(sample, t, **inputs).sample
+            eager = type(tiny.unet).forward(tiny.unet, sample, t, **inputs).sample
+            assert (ours - eager).abs().max() < 1e-4
+    assert len(captured) == 2
 
 
 def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured):

@@ -22,8 +22,7 @@ class Once:
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
         self.places = {block: (end - width, end) for block, width, end in zip(self.resnets, widths, ends)}
-        self.temb = self.shifts = None
-        self.weight = self.bias = None
+        self.weight = self.bias = self.shifts = None
 
     @torch.no_grad()
     def gather(self):
@@ -41,22 +40,22 @@ class Once:
         return {layer: self._keys_and_values(layer, text) for layer in self.layers}
 
     def shift_of(self, block, temb):
-        if self.temb is not temb:  # a step's first block computes it for all
-            self.temb, self.shifts = temb, linear(silu(temb), self.weight, self.bias)
+        if self.shifts is None:  # a step's first block computes it for all
+            self.shifts = linear(silu(temb), self.weight, self.bias)
         start, end = self.places[block]
         return self.shifts[:, start:end]
 
 
 @contextmanager
 def using(held, of_prompt):
-    """Within it the blocks take `of_prompt`, what `held.read_prompt` returned, and the time projections of `held`."""
+    """Within one step the blocks take `of_prompt`, what `held.read_prompt` returned, and the time projections of `held`."""
     global _now
     before, _now = _now, (held, of_prompt)
     try:
         yield
     finally:
         _now = before
-        held.temb = held.shifts = None
+        held.shifts = None
 
 
 def keys_and_values(layer):
