@@ -27,7 +27,9 @@ def parser():
     run.set_defaults(call=_run)
 
     bench = commands.add_parser("bench", help="measure one named study with care; stopped, it goes on where it was")
-    bench.add_argument("study", metavar="STUDY", help="pocket-path, sd15-path, sdxl-path, sd15-peers or sdxl-peers")
+    bench.add_argument(
+        "study", metavar="STUDY", help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers or {pocket,sd15,sdxl}-engine"
+    )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
     bench.add_argument("--only", metavar="ID,ID", help="measure these rows alone")
@@ -133,7 +135,9 @@ def _bench(options):
             result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
     else:
         with _progress(runs, "round") as progress:
-            result = peers.take_turns(shared, rows, device, options.out, progress, order, options.retry, options.limit)
+            result = peers.take_turns(
+                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
+            )
     print(report.text(result))
     print(
         f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"

@@ -20,6 +20,7 @@ KINDS = {  # colour and name of the bars
     "eager": (SERIES[4], "eager"),
     "compiled": (SERIES[0], "compiled"),
     "pinned": (SERIES[2], "eager, one attention kernel"),
+    "engine": (SERIES[1], "our engine"),
 }
 
 
@@ -47,7 +48,8 @@ def peers_figure(result_path, target):
     kinds = {kind: KINDS[kind] for kind in KINDS if kind in map(_kind, rows)}
     handles = [Patch(color=colour, label=name) for colour, name in kinds.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figures.title(figure, "Others' ways to run the same model, side by side", result)
+    about = "Our engine beside others' ways" if "engine" in result["study"] else "Others' ways"
+    figures.title(figure, f"{about} to run the same model, side by side", result)
     figures.save(figure, target, [result_path])
 
 
@@ -90,6 +92,8 @@ def _bars(rows, lengths, names):
 def _kind(row):
     if row["id"] in BACKENDS and row["id"] != REFERENCE:
         return "pinned"
+    if "engine" in row["id"]:
+        return "engine"
     return "compiled" if row.get("as_run", {}).get("compiled") or row.get("first_calls") else "eager"
 
 

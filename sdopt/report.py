@@ -9,7 +9,7 @@ from sdopt import cards, figures, pathfigures, peerfigures, results, sentences, 
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json")
+STUDIES = ("*-path.json", "*-peers.json", "*-engine.json")
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
 STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget}
@@ -114,11 +114,10 @@ def _stale(root):
 def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
     result, pictures = results.read(path), path.with_suffix("")
-    if path.stem.endswith("-peers"):
-        drawings = {
-            "": partial(peerfigures.peers_figure, path),
-            "-attention": partial(peerfigures.attention_figure, path),
-        }
+    if tables.is_peers(result):
+        drawings = {"": partial(peerfigures.peers_figure, path)}
+        if path.stem.endswith("-peers"):
+            drawings["-attention"] = partial(peerfigures.attention_figure, path)
     else:
         drawings = {
             "": partial(pathfigures.path_figure, path, pictures),

@@ -28,14 +28,15 @@ def table(result):
     A row that failed has its reason in place of its numbers. A column that no row fills (what random weights draw is
     not judged) is left out.
     """
-    header, lines = (PEERS_HEADER, _peers(result)) if _is_peers(result) else (HEADER, _path(result))
+    header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
     filled = [k for k in range(len(header)) if k == 0 or any(line[k] for line in lines[1:])]
     return [[line[k] for k in filled] for line in lines]
 
 
-def _is_peers(result):
-    return result["study"].endswith("-peers")
+def is_peers(result):
+    """Whether the rows of a study took turns: others' ways beside each other, or beside the engine."""
+    return result["study"].endswith(("-peers", "-engine"))
 
 
 def _measured(result):
@@ -101,7 +102,7 @@ def _gain(row, other):
 def remarks(result):
     """What the table cannot say: how rows were compiled, attended and clocked, and the steps that did not help."""
     rows, said = _measured(result), []
-    if _is_peers(result):
+    if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}
         together = f"the peers took turns, a picture each, in another order in each of {runs} rounds"
@@ -116,11 +117,11 @@ def remarks(result):
             said.append(f"compile: the channels_last layout alone, uncompiled, takes {median}")
         if row.get("note"):
             said.append(f"{row['id']}: {row['note']}")
-    beside = [] if _is_peers(result) else [row for row in rows if row["id"] not in NUMBERS]
+    beside = [] if is_peers(result) else [row for row in rows if row["id"] not in NUMBERS]
     if beside:
         named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
         said.append(f"beside the nine steps, compared with the baseline alone: {named}")
-    return [*said, *_first_calls(rows), *([] if _is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
+    return [*said, *_first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
 
 
 def _first_calls(rows):

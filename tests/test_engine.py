@@ -5,6 +5,8 @@ leaves its outputs at fixed places, and nothing but a new capture puts them else
 """
 
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -340,6 +342,18 @@ def test_a_capture_that_fails_leaves_nothing(tiny, captured):
         tiny.unet(sample[:, :3], 500, **inputs)
     assert not tiny.unet.forward.entries
     assert tiny.unet(sample, 500, **inputs).sample.isfinite().all()
+
+
+def test_without_triton_it_is_told_and_nothing_else_needs_it():
+    code = """
+import sys
+sys.modules["triton"] = None
+from sdopt import engine, models
+from sdopt.bench import studies
+engine.prepare(models.load("pocket"))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "triton is not installed" in ended.stderr.strip().splitlines()[-1]
 
 
 def test_what_cannot_be_prepared_is_told_in_one_line(tiny, monkeypatch):

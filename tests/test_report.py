@@ -222,3 +222,14 @@ def test_a_plan_knows_what_is_done():
     assert lines[2:4] == ["bf16  half precision  done", "sdpa  attention       30 s"]
     assert lines[-1] == "1 row left of 2: about 30 s"
     assert "all 2 rows are done" in report.plan(STUDY, ROWS, estimates, "some-gpu", ["bf16", "sdpa"])
+
+
+def test_an_engine_study_is_drawn_as_its_peers_are(tmp_path):
+    told = peers_result()
+    told["study"] = "sdxl-engine"
+    told["rows"][0] |= {"id": "engine_bf16"}
+    file = run_folder(tmp_path, told) / "sdxl-engine.json"
+    _, drawings = report._drawings(file)
+    assert "" in drawings and "-attention" not in drawings
+    drawings[""](tmp_path / "engine.png")
+    assert (tmp_path / "engine.png").stat().st_size > 5000

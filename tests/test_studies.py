@@ -35,6 +35,14 @@ def test_a_peer_study_has_these_rows():
         *("sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "xformers"),
     ]
     compiles = [row.id for row in rows if row.compiles]
+    engine = studies.rows_of(studies.study("sdxl-engine"), "cuda", 30)
+    assert [row.id for row in engine] == [
+        "baseline_fp32",
+        *(row.id for row in rows),
+        "engine_bf16",
+        "whole_path_engine",
+    ]
+    assert engine[-1].steps == ("baseline_fp32", "bf16", "sdpa", "tiny_vae", "dpm_20", "cfg_cutoff")
     assert compiles == ["compile_reduce_overhead", "compile_max_autotune", "tutorial_recipe"]
 
 

@@ -26,7 +26,6 @@ from sdopt import (
     results,
     schedulers,
 )
-from sdopt.bench.fusions import fusions
 from sdopt.errors import UserError, exit_code
 from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.oracle import load_oracle
@@ -251,6 +250,8 @@ def _run(options):
     device = "cuda"
     head = {"schema": results.SCHEMA, "environment": results.environment(device)}
     if options.study == "kernels":
+        from sdopt.bench.fusions import fusions  # which needs Triton, and only a GPU's PyTorch brings it
+
         head |= {"study": "kernels", "settings": {"dtype": str(precision.half_dtype(device))[6:]}}
         measured = {}
         for part in tqdm((products, clock, attentions, projections, linears, fusions), desc="kernels"):

@@ -12,16 +12,16 @@ from sdopt.timing import latency
 
 
 def take_turns(
-    shared, recipes, device, out, progress=lambda done, text: None, order=None, retry=False, limit_s=LIMIT_S
+    shared, recipes, device, out, progress=lambda done, text: None, order=None, retry=False, limit_s=LIMIT_S, study=None
 ):
     """Measure the rows `recipes` side by side; returns the result, written to `out` after every round.
 
     `order`: the ids of all rows the file may hold, None: these. Rounds that `out` has are kept; with `retry` rows that
-    failed are measured, too. A row that fails drops out with its reason, the others go on. In round r the rows
+    failed are measured, too. `study`: its name, None: the model's "-peers". A row that fails drops out with its reason, the others go on. In round r the rows
     draw run r's picture, in an order shuffled by r, so that what changes about the machine meets all alike.
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
-    out, judge, study = Path(out), Judge(shared), f"{shared['model']}-peers"
+    out, judge, study = Path(out), Judge(shared), study or f"{shared['model']}-peers"
     order, workers = order or [recipe.id for recipe in recipes], {}
     with alone(out):
         about = head(study, shared, device, judge.prompts, "bench")

@@ -1,10 +1,12 @@
 """What the path has no step for: others' recipes, to measure the path beside them."""
 
+import os
+import tempfile
 from functools import partial
 
 import torch
 
-from sdopt import attention, compilation, quantization
+from sdopt import attention, compilation, engine, quantization
 from sdopt.errors import UserError
 
 # The flags of diffusers' tutorial, all of them but use_mixed_mm, which Inductor ignores today.
@@ -41,6 +43,12 @@ def tutorial(pipe):
     pipe.unet.compile(fullgraph=True, options=options)
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, options=options)
     return pipe
+
+
+def on_engine(pipe):
+    """Our engine, its kernels compiled in this process: nothing on disk makes the first call shorter than it is."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdopt-")
+    return engine.prepare(pipe)
 
 
 def xformers(pipe):

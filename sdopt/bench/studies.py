@@ -37,6 +37,9 @@ STUDIES = {
         Study("sdxl-path", "path", "sdxl", "random", 5),
         Study("sd15-peers", "peers", "sd15", "random", 15),
         Study("sdxl-peers", "peers", "sdxl", "random", 9),
+        Study("pocket-engine", "peers", "pocket", "shipped", 15),
+        Study("sd15-engine", "peers", "sd15", "random", 15),
+        Study("sdxl-engine", "peers", "sdxl", "random", 9),
     )
 }
 
@@ -80,9 +83,14 @@ def nine(steps, cutoff=0.4):
 
 def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
+    options, kept = {"cutoff": 0.4, "steps": steps}, path.recommended(device)
+    if study.name.endswith("-engine"):
+        whole = Recipe(
+            "whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine
+        )
+        return [nine(steps)[0], *PEERS, ENGINE, whole]
     if study.kind == "peers":
         return list(PEERS)
-    options, kept = {"cutoff": 0.4, "steps": steps}, path.recommended(device)
     without = [i for i in NINE if i not in kept]
     rows = [*nine(steps), *BASELINES]
     if without:
@@ -131,6 +139,9 @@ def estimate(rows, recorded, shared):
     return {row.id: took[row.id] for row in rows if row.id in took}
 
 
+# The path without what the engine does in its own way; int8 and fused projections have no place in its graphs.
+ON_ENGINE = tuple(i for i in NINE if i not in ("compile", "fused_qkv", "int8"))
+ENGINE = Recipe("engine_bf16", "bf16, our engine", EAGER, apply=recipes.on_engine)
 BASELINES = [
     Recipe("baseline_tf32", "fp32, TF32 everywhere", NINE[:1], {"tf32": "everywhere"}, settings={"tf32": "everywhere"}),
     Recipe("baseline_strict", "fp32, TF32 nowhere", NINE[:1], {"tf32": "nowhere"}, settings={"tf32": "nowhere"}),

@@ -4,8 +4,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sdopt import compilation
-from sdopt.engine import fused, graphs, unet
 from sdopt.errors import UserError
+
+try:
+    from sdopt.engine import fused, graphs, unet
+except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
+    MISSING = missing.name
+else:
+    MISSING = None
 
 GRAPHS = 8  # of each model: two a size, since a cutoff changes the batch
 
@@ -21,6 +27,8 @@ def prepare(pipe, keep: int = GRAPHS):
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, or another model than this.
     """
+    if MISSING:
+        raise UserError(f"the engine needs a CUDA GPU, and PyTorch's package for it: {MISSING} is not installed")
     denoiser, decoder = getattr(pipe, "unet", None), getattr(getattr(pipe, "vae", None), "decoder", None)
     if type(denoiser) is not UNet2DConditionModel or decoder is None:
         raise UserError(f"{type(pipe).__name__} has no UNet2DConditionModel and VAE that the engine could run")
@@ -70,7 +78,7 @@ def restore(pipe):
 
 def is_prepared(pipe) -> bool:
     """Whether `prepare` has been applied to the pipeline's UNet."""
-    return isinstance(vars(pipe.unet).get("forward"), unet.UNet)
+    return not MISSING and isinstance(vars(pipe.unet).get("forward"), unet.UNet)
 
 
 def _layouts(pipe):
