@@ -12,7 +12,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from tiny import draw, psnr, tiny_sdxl
@@ -252,6 +260,43 @@ def unet_inputs(residuals=False, batch=1):
         inputs |= {"down_block_additional_residuals": down}
         inputs |= {"mid_block_additional_residual": torch.randn(batch, 64, 4, 4)}
     return torch.randn(batch, 4, 8, 8), inputs
+
+
+def image_to_image(tiny):
+    return StableDiffusionXLImg2ImgPipeline(**tiny.components), {"strength": 0.7}
+
+
+def inpainting(tiny):
+    mask = np.zeros((1, 16, 16, 1), dtype=np.float32)
+    mask[:, :, 8:] = 1
+    call = {"mask_image": mask, "strength": 0.7, "height": 16, "width": 16}
+    return StableDiffusionXLInpaintPipeline(**tiny.components), call
+
+
+def with_controlnet(tiny):
+    torch.manual_seed(2)
+    net = ControlNetModel.from_unet(tiny.unet, conditioning_embedding_out_channels=(16, 32))
+    for parameter in net.parameters():  # a new one starts with zeros, and would change nothing
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    kept = {name: part for name, part in tiny.components.items() if name not in ("image_encoder", "feature_extractor")}
+    return StableDiffusionXLControlNetPipeline(**kept, controlnet=net), {"height": 16, "width": 16}
+
+
+@pytest.mark.parametrize("kind", [image_to_image, inpainting, with_controlnet])
+def test_other_pipelines(tiny, captured, kind):
+    pipe, call = kind(tiny)
+    pipe.set_progress_bar_config(disable=True)
+    image = np.random.default_rng(0).random((1, 16, 16, 3), dtype=np.float32)
+    call = {"num_inference_steps": 4, "image": image, "output_type": "np", **call}
+    draw_it = lambda: pipe("a red sphere", generator=torch.Generator().manual_seed(0), **call).images
+    eager, plain = draw_it(), small(tiny, num_inference_steps=4)
+    engine.prepare(pipe)
+    ours = [draw_it() for _ in range(2)]
+    assert_same(ours[0], eager)
+    assert np.array_equal(*ours) and captured
+    assert np.abs(eager - plain).max() > 1e-3
+    engine.restore(pipe)
+    assert np.array_equal(draw_it(), eager)
 
 
 @torch.no_grad()
