@@ -6,12 +6,12 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch._dynamo.utils import counters
 
 from sdopt.errors import UserError
+from sdopt.models import start_at_step_zero
 from sdopt.timing import compiled_parts
 
 # The tutorial's flags, for GPUs. They go to torch.compile as options: set as globals they would hold for the whole
@@ -65,27 +65,6 @@ def channels_last(pipe):
     for part in (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None)):
         if part is not None:
             part.to(memory_format=torch.channels_last)
-    return pipe
-
-
-def start_at_step_zero(pipe):
-    """Spare the scheduler its one wait for the GPU, at the first step of a picture; returns `pipe`.
-
-    Today's Euler and DPM++ schedulers keep their sigmas on the CPU and count steps themselves, so that no step waits.
-    Only the first looks its number up on the GPU (`nonzero`, `item`), unless it has been told. Pipelines that start
-    midway (image-to-image) tell it after this does, and theirs stands. Introduced in notebooks/04_compile.
-    """
-    scheduler = pipe.scheduler
-    if "set_timesteps" in vars(scheduler) or not hasattr(scheduler, "set_begin_index"):
-        return pipe
-    set_timesteps = scheduler.set_timesteps
-
-    @wraps(set_timesteps)  # pipelines look at its signature
-    def set_timesteps_and_start(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        scheduler.set_begin_index(0)
-
-    scheduler.set_timesteps = set_timesteps_and_start
     return pipe
 
 

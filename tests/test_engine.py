@@ -28,7 +28,7 @@ from tiny import draw, psnr, tiny_sdxl
 from sdopt import compilation, engine, guidance, models
 from sdopt.engine import fused, graphs
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2}
 
@@ -214,6 +214,33 @@ def test_weights_that_move_are_captured_again(tiny, captured):
     assert_same(ours, small(tiny))
 
 
+def test_a_pipeline_that_leaves_the_gpu_runs_eagerly(tiny, captured, monkeypatch):
+    before = small(engine.prepare(tiny))
+    monkeypatch.setattr(graphs, "can_capture", lambda module: False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for part in (tiny.unet, tiny.vae.decoder):  # as `.to("cpu")` does
+        for weight in part.parameters():
+            weight.data = weight.data.clone()
+    with pytest.warns(UserWarning, match="its weights are not on a GPU"):
+        after = small(tiny)
+    assert_same(after, before)
+    assert len(captured) == 3
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_upcast_for_every_picture_is_not_captured_for_each(tiny, captured):
+    engine.prepare(tiny)
+    latents = torch.randn(1, 4, 8, 8)
+    moves = [True] * 5 + [False] * 2
+    with pytest.warns(UserWarning, match="its weights move before every picture") as heard:
+        for moved in moves:
+            for weight in tiny.vae.decoder.parameters():
+                weight.data = weight.data.clone() if moved else weight.data
+            decoded = tiny.vae.decode(latents).sample
+            assert decoded.isfinite().all()
+    assert len(heard) == 1 and len(captured) == 3, "two while it moves, one when it has come to rest"
+
+
 class Halved(AttnProcessor2_0):
     """A processor that nobody knows."""
 
@@ -387,6 +414,22 @@ def test_a_capture_that_fails_leaves_nothing(tiny, captured):
         tiny.unet(sample[:, :3], 500, **inputs)
     assert not tiny.unet.forward.entries
     assert tiny.unet(sample, 500, **inputs).sample.isfinite().all()
+
+
+def test_offloading_over_the_engine_has_to_go_first(tiny, captured):
+    engine.prepare(tiny)
+    ours = tiny.unet.forward
+    tiny.unet._old_forward, tiny.unet.forward = (
+        ours,
+        lambda *args, **kwargs: ours(*args, **kwargs),
+    )  # as accelerate does
+    assert small(tiny).shape == (1, 16, 16, 3) and captured
+    for refused in (engine.restore, engine.prepare):
+        with pytest.raises(UserError, match="offload"):
+            refused(tiny)
+    tiny.unet.forward = ours
+    del tiny.unet._old_forward
+    assert not engine.is_prepared(engine.restore(tiny))
 
 
 def test_without_triton_it_is_told_and_nothing_else_needs_it():

@@ -155,6 +155,25 @@ def test_an_attention_mask_reaches_diffusers(unet, kernels):
         assert not torch.equal(model(x, text, return_dict=False)[0], theirs) and kernels
 
 
+def test_on_a_cpu_without_the_interpreter_and_in_other_dtypes_it_is_left_to_diffusers(unet, kernels, monkeypatch):
+    call = unet_call(unet)
+    theirs = call()
+    fused.fuse(unet)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert torch.equal(call(), theirs) and not kernels
+    monkeypatch.undo()
+    with torch.no_grad():
+        latents, text = torch.randn(1, 4, 4, 4).double(), torch.randn(1, 7, 64).double()
+        assert unet.double()(latents, 400, text).sample.dtype is torch.float64
+
+
+def test_gradients_are_diffusers(unet):
+    fused.fuse(unet)
+    latents = torch.randn(1, 4, 4, 4, requires_grad=True)
+    unet(latents, 400, torch.randn(1, 7, 64)).sample.sum().backward()
+    assert latents.grad.abs().max() > 0
+
+
 def test_a_forward_that_somebody_replaced_stays(unet):
     block, other = unet.mid_block.resnets[0], unet.conv_in
     block.forward = mine = lambda x, temb: x

@@ -3,7 +3,7 @@
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdopt import compilation
+from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
@@ -36,7 +36,7 @@ def prepare(pipe, keep: int = GRAPHS):
         return pipe
     if not graphs.can_capture(denoiser):
         raise UserError('the engine needs a CUDA GPU: call pipe.to("cuda") first, or keep the pipeline as it is')
-    if compilation.compiled_kind(pipe):
+    if timing.compiled_parts(denoiser):
         raise UserError("the pipeline is compiled, which is another way to the same: load it again for the engine")
     for part in (denoiser, decoder):
         if "forward" in vars(part):
@@ -44,7 +44,9 @@ def prepare(pipe, keep: int = GRAPHS):
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     told = "set_timesteps" in vars(pipe.scheduler)
     layouts = _layouts(pipe)
-    compilation.start_at_step_zero(compilation.channels_last(pipe))
+    models.start_at_step_zero(pipe)
+    for weight, _ in layouts:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for part in (denoiser, decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.fuse(part)
@@ -60,7 +62,7 @@ def restore(pipe):
     Raises UserError where offloading was put over the engine.
     """
     if not is_prepared(pipe):
-        if getattr(pipe, "unet", None) is not None and hasattr(pipe.unet, "_hf_hook"):
+        if not MISSING and isinstance(getattr(pipe.unet, "_old_forward", None), unet.UNet):  # accelerate keeps it there
             raise UserError("offloading was put over the engine: call pipe.remove_all_hooks() first")
         return pipe
     layouts, scheduler = pipe.unet.forward.before

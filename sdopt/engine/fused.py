@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
 
 from sdopt.engine import once
+from sdopt.kernels import launch
 from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
@@ -56,13 +57,7 @@ def is_fused(block: nn.Module) -> bool:
 
 def resnet(block, x, temb=None, *args, **kwargs):
     """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels."""
-    if (
-        args
-        or kwargs
-        or (temb is None) != (block.time_emb_proj is None)
-        or not is_plain_resnet(block)
-        or _differentiates()
-    ):
+    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not is_plain_resnet(block) or not _suits(x):
         return type(block).forward(block, x, temb, *args, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
     h = _convolved(block.conv1, _normed(block.norm1, x))
@@ -83,7 +78,7 @@ def resnet(block, x, temb=None, *args, **kwargs):
 def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
     """`Transformer2DModel.forward` of an image: every residual is added by the layer norm after it."""
     asked = [value for key, value in kwargs.items() if key != "timestep"]  # its blocks have no use for a timestep
-    if args or any(value is not None for value in asked) or not is_plain_transformer(model) or _differentiates():
+    if args or any(value is not None for value in asked) or not (is_plain_transformer(model) and _suits(hidden_states)):
         return type(model).forward(
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
@@ -125,9 +120,9 @@ def keys_and_values(attn, seen):
     return attn.to_k(seen), attn.to_v(seen)
 
 
-def _differentiates():
-    """Our kernels have no gradients: where some may be asked for, diffusers' code is used."""
-    return torch.is_grad_enabled()
+def _suits(x):
+    """Whether the kernels can take `x`: they have no gradients, and run where Triton does."""
+    return not torch.is_grad_enabled() and (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
 
 
 class _End:
@@ -152,17 +147,17 @@ class _End:
         """Whether `module` is one of such a pair."""
         return isinstance(getattr(vars(module).get("forward"), "__self__", None), cls)
 
-    def fits(self):
-        return not (_differentiates() or any(part._forward_hooks or part._forward_pre_hooks for part in self.pair))
+    def fits(self, x):
+        return _suits(x) and not any(part._forward_hooks or part._forward_pre_hooks for part in self.pair)
 
     def normed(self, x):
         norm = self.pair[0]
-        if not self.fits():
+        if not self.fits(x):
             return nn.GroupNorm.forward(norm, x)
         return _normed(norm, x.contiguous(memory_format=torch.channels_last))
 
     def passed_on(self, x):
-        return x if self.fits() else nn.SiLU.forward(self.pair[1], x)
+        return x if self.fits(x) else nn.SiLU.forward(self.pair[1], x)
 
 
 def _normed(norm, x, activation=True, shift=None):

@@ -14,6 +14,9 @@ import torch
 from sdopt.engine import state
 
 
+PATIENCE = 2  # captures in a row, before a decoder whose weights move again and again is left as it is
+
+
 def can_capture(module) -> bool:
     """Whether the module is on a device that has graphs."""
     return next(module.parameters()).is_cuda
@@ -69,6 +72,8 @@ class Captured:
         if seen != self.seen:
             self.entries.clear()
             self.seen, self.reason = seen, state.why_not(self.module)
+            if not can_capture(self.module):
+                self.reason = "its weights are not on a GPU"
             return True
         return False
 
@@ -93,12 +98,19 @@ class Captured:
 class Decoder(Captured):
     """A VAE's decoder: latents in, an image out."""
 
+    moves = 0  # calls in a row before which its weights have moved
+
     def __call__(self, sample, *args, **kwargs):
-        self.look()
+        self.moves = self.moves + 1 if self.look() else 0
         if any(value is not None for value in (*args, *kwargs.values())):
             return self.eagerly("it was called with more than latents", sample, *args, **kwargs)
-        if self.reason or torch.is_grad_enabled():
-            return self.eagerly(self.reason or "gradients are on", sample)
+        reason = self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
+        if self.moves > PATIENCE:
+            reason = (
+                "its weights move before every picture (upcast, or offloaded), and a capture takes longer than it gains"
+            )
+        if reason:
+            return self.eagerly(reason, sample)
         places, replay, output = self.entry(shapes({"sample": sample}), lambda: self._make(sample))
         places["sample"].copy_(sample)
         replay()
