@@ -13,7 +13,7 @@ STUDIES = ("*-path.json", "*-peers.json", "*-engine.json")
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
 STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget}
-BLOCKS = STUDY_BLOCKS | {"published": tables.published} | cards.BLOCKS
+BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
 PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {"path": "a process a row, one after the other", "peers": "all rows side by side, a picture each in turn"}

@@ -19,6 +19,7 @@ PEERS_HEADER = (
     *("peer", "what", "median", "p20 to p80", "first call", "warm", "peak memory"),
     *(*(f"{peer} /" for peer in AGAINST), "UNet, a call", "VAE", "attention"),
 )
+KERNELS_HEADER = ("kernel", "shape", "eager", "torch.compile", "ours", "ours, GB/s", "of a copy's speed")
 FAILED = "failed: "
 
 
@@ -209,6 +210,18 @@ def markdown(result):
     grid = _grid(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
+
+
+def kernels(result):
+    """The fused kernels of a `kernels` study for a page, each beside what it replaces and a copy of as many bytes."""
+    lines = []
+    for row in result["metrics"]["fusions"]:
+        seconds, shape = row["seconds"], " x ".join(map(str, row["shape"]))
+        times = [f"{1e6 * seconds[way]:.1f} us" for way in ("eager", "compiled", "ours")]
+        rate, share = row["bytes"] / seconds["ours"] / 1e9, seconds["copy"] / seconds["ours"]
+        lines.append([row["kernel"], shape, *times, f"{rate:,.0f}", f"{share:.0%}"])
+    about = f"{result['environment']['gpu']}, {result['settings']['dtype']}; {_versions(result)}"
+    return f"{about}.\n\n{_grid(KERNELS_HEADER, *lines, words=2)}"
 
 
 def _grid(header, *lines, words):

@@ -175,3 +175,13 @@ def test_the_published_figures_name_their_sources():
 
 def test_the_table_has_a_row_a_step():
     assert list(by_name(result())) == list(IDS)
+
+
+def test_a_kernel_is_told_beside_what_it_replaces_and_a_copy():
+    seconds = {"ours": 20e-6, "eager": 90e-6, "compiled": 30e-6, "copy": 16e-6}
+    row = {"kernel": "geglu", "shape": [8192, 5120], "dtype": "bfloat16", "bytes": 64_000_000, "seconds": seconds}
+    told = {"settings": {"dtype": "bfloat16"}, "metrics": {"fusions": [row]}}
+    told["environment"] = bench_result()["environment"] | {"gpu": "Some GPU"}
+    page = tables.kernels(told).splitlines()
+    assert page[0].startswith("Some GPU, bfloat16; torch ")
+    assert page[-1] == "| geglu | 8192 x 5120 | 90.0 us | 30.0 us | 20.0 us | 3,200 | 80% |"
