@@ -25,8 +25,9 @@ def can_capture(module) -> bool:
 def capture(call, memory):
     """`call()` as a CUDA graph in the memory pool `memory`: (a function that replays it, what it returns at each replay).
 
-    What is returned lies in the pool, at the same place each time: copy it before the next replay. `call` runs once
-    before, for whatever is set up at a first call (kernels compiled, algorithms tried).
+    What is returned lies in the pool, at the same place each time, where another graph of the pool may write: copy it
+    before the next replay of any. `call` runs once before, for whatever is set up at a first call (kernels compiled,
+    algorithms tried).
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -54,8 +54,15 @@ class _Entry:
         device = next(unet.module.parameters()).device
         self.places = {name: graphs.place(tensor, device) for name, tensor in inputs.items()}
         self.prompt, self.picture = {}, None
-        text = self.places["encoder_hidden_states"]
-        self.read_prompt, of_prompt = graphs.capture(lambda: self.held.read_prompt(text), unet.memory)
+        # Outside the graphs' memory: what is written there by one graph, another may use for what it needs in between.
+        of_prompt = self.held.read_prompt(self.places["encoder_hidden_states"])
+
+        def read_prompt():
+            for layer, new in self.held.read_prompt(self.places["encoder_hidden_states"]).items():
+                for kept, tensor in zip(of_prompt[layer], new):
+                    kept.copy_(tensor)
+
+        self.read_prompt, _ = graphs.capture(read_prompt, unet.memory)
 
         def call():
             with using(self.held, of_prompt):

@@ -67,8 +67,8 @@ def group_norm(
     wide = triton.next_power_of_2(size)
     _fold[(groups, batch)](
         *(moments, moments[1], lines, lines[1], weight, bias, x if shift is None else shift),
-        *(rows, channels, parts, 0 if shared else shift.stride(0), eps, size),
-        *(tall * turns, _parts_at_once(parts, wide), wide, shift is not None),
+        *(rows, channels, parts, tall * turns, 0 if shared else shift.stride(0), eps, size),
+        *(max(16, 2048 // wide), wide, shift is not None),
         num_warps=4,
     )
     _apply[(triton.cdiv(rows, tall), strips, batch)](
@@ -99,11 +99,6 @@ def _part(batch, rows, channels):
     return 16, 1
 
 
-def _parts_at_once(parts, wide):
-    """Parts that a program of `_fold` loads together: all of them up to 4096 numbers, so as to wait for memory once."""
-    return min(triton.next_power_of_2(parts), 4096 // wide)
-
-
 @triton.jit
 def _moments(
     x, means, squares, rows, channels, TALL: tl.constexpr, TURNS: tl.constexpr, WIDE: tl.constexpr
@@ -130,11 +125,12 @@ def _moments(
     tl.store(squares + at, tl.sum(squared, 0) - moved * moved / count, real)
 
 
-@triton.jit
+# Not one more compilation for every size of a picture: it looks at few numbers, PARTS at once, mostly all there are.
+@triton.jit(do_not_specialize=["rows", "channels", "parts", "positions", "shift_stride", "size"])
 def _fold(
     means, squares, scales, offsets, weight, bias, shift,
-    rows, channels, parts, shift_stride, eps, size,
-    TALL: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, SHIFTED: tl.constexpr,
+    rows, channels, parts, positions, shift_stride, eps, size,
+    PARTS: tl.constexpr, SIZE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     k = tl.arange(0, SIZE)
@@ -150,7 +146,7 @@ def _fold(
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)
         here = (part < parts)[:, None] & own[None, :]
-        count = tl.minimum(TALL, rows - part * TALL).to(tl.float32)[:, None]
+        count = tl.minimum(positions, rows - part * positions).to(tl.float32)[:, None]
         at = start + part[:, None] * channels + channel[None, :]
         off = tl.load(means + at, here, 0.0) + moved[None, :] - around
         total += tl.where(here, count * off, 0.0)
