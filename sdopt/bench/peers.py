@@ -54,7 +54,8 @@ def _ready(ledger, job, fresh, workers, tell, limit_s):
             ledger.put(row)
         worker = fresh.take()
         try:
-            row["first_call_s"] = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)["first_call_s"]
+            first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)
+            row |= {key: first[key] for key in ("prepare_s", "first_call_s")}
             fresh.start_next()
             worker.call(settle, on_phase=tell, limit_s=limit_s)
         except BaseException:

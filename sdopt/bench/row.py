@@ -2,6 +2,7 @@
 
 import lzma
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,14 +81,20 @@ def prepare(job, tell):
 
 
 def first_call(state, tell, job):
-    """Load, prepare, draw once: {"first_call_s", "graphs": {"found", "compiled"}}; `state` keeps what can draw."""
-    pipe, call_kwargs = prepare(job, tell)
+    """Load, prepare, draw once; `state` keeps what can draw.
+
+    Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
+    pipeline to its first picture.
+    """
+    began = []
+    pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
+    took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(f"first call{', which compiles' * drawing.is_compiled(pipe)}")
     seconds = timing.seconds_of(state["draw"], job.device)
     tell(KEEPING)
     _keep_artifacts(job)
-    return {"first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    return {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
 
 
 def settle(state, tell):
