@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from sdopt.engine import fused
 
 PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
+PLAIN = (torch.nn.Parameter, torch.Tensor)  # a quantised weight is of another class
 FREEU = ("s1", "s2", "b1", "b2")
 
 
@@ -14,22 +15,27 @@ def fingerprint(module: torch.nn.Module) -> tuple:
 
     Not the weights' values: a graph reads them anew.
     """
-    found = []
-    for part in module.modules():
+    found, left = [module.training], [module]
+    while left:  # once a picture through thousands of modules: their dicts, without the detour of getattr
+        part = left.pop()
+        own = part.__dict__
         found.append(type(part))
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                found.append((tensor.data_ptr(), tensor.shape, tensor.dtype) if _is_plain(tensor) else id(tensor))
-        if part._forward_hooks or part._forward_pre_hooks:
-            found.append((*part._forward_hooks, *part._forward_pre_hooks))
-        if "forward" in vars(part) and part is not module:
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    found.append(tensor.data_ptr() if type(tensor) in PLAIN else id(tensor))
+                    found.append(tensor.dtype)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            found.append((*own["_forward_hooks"], *own["_forward_pre_hooks"]))
+        if "forward" in own and part is not module:
             found.append(getattr(part.forward, "__func__", part.forward))
-        if hasattr(part, "processor"):
+        if "processor" in own:
             found.append(type(part.processor))
-        if hasattr(part, "merged_adapters"):  # peft's layers: which LoRAs count, and how much, is Python's to know
+        if "merged_adapters" in own:  # peft's layers: which LoRAs count, and how much, is Python's to know
             found.append((*part.active_adapters, *part.merged_adapters, part.disable_adapters, *part.scaling.items()))
-        if "s1" in vars(part):
-            found.append(tuple(getattr(part, name, None) for name in FREEU))
+        if "s1" in own:
+            found.append(tuple(own.get(name) for name in FREEU))
+        left += [child for child in own["_modules"].values() if child is not None]
     return tuple(found)
 
 
@@ -50,10 +56,6 @@ def why_not(module: torch.nn.Module) -> str | None:
             return f"{name} has a processor unknown here, {type(part.processor).__name__}"
         if any(getattr(part, factor, None) is not None for factor in FREEU):
             return "FreeU is enabled"
-        if not all(map(_is_plain, part._parameters.values())):
+        if not all(weight is None or type(weight) in PLAIN for weight in part._parameters.values()):
             return f"{name} has weights of another kind of tensor"
     return None
-
-
-def _is_plain(tensor):
-    return tensor is None or type(tensor.data) is torch.Tensor
