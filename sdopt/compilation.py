@@ -130,14 +130,23 @@ def graphs_so_far() -> dict:
     return {"compiled": counters["stats"]["unique_graphs"] - found, "found": found}
 
 
-def _options(mode, cuda, kind):
+def mode_options(mode: str) -> dict:
+    """The options that torch.compile's `mode` stands for, to be merged with others; a search runs in threads.
+
+    Raises UserError for an unknown mode.
+    """
     try:
         own = torch._inductor.list_mode_options(mode)
     except RuntimeError as error:
         raise UserError(f"unknown compile mode '{mode}': use default, reduce-overhead or max-autotune") from error
+    return own | (SEARCH_IN_THREADS if own.get("max_autotune") else {})
+
+
+def _options(mode, cuda, kind):
+    own = mode_options(mode)
     if not cuda:
         return {}
-    flags = CUDA_OPTIONS | (SEARCH | SEARCH_IN_THREADS if mode.startswith("max-autotune") else {})
+    flags = CUDA_OPTIONS | (SEARCH if mode.startswith("max-autotune") else {})
     # CUDA graphs pay for a whole UNet. A graph a block would copy every block's inputs into its own memory first.
     return flags | (own if kind == "whole" else {})
 

@@ -57,7 +57,6 @@ def captured(monkeypatch):
                 output.copy_(new)
 
         outputs.append(output)
-
         made.append(replay)
         return replay, output
 
@@ -332,7 +331,7 @@ def test_other_pipelines(tiny, captured, kind):
 @torch.no_grad()
 def test_a_controlnets_residuals_are_inputs(tiny, captured):
     sample, inputs = unet_inputs(residuals=True)
-    plain, _ = tiny.unet(sample, 500, **unet_inputs()[1], return_dict=False), None
+    plain = tiny.unet(sample, 500, **unet_inputs()[1], return_dict=False)
     results = {}
     for name in ("eager", "ours"):
         results[name] = []

@@ -17,8 +17,9 @@ def take_turns(
     """Measure the rows `recipes` side by side; returns the result, written to `out` after every round.
 
     `order`: the ids of all rows the file may hold, None: these. Rounds that `out` has are kept; with `retry` rows that
-    failed are measured, too. `study`: its name, None: the model's "-peers". A row that fails drops out with its reason, the others go on. In round r the rows
-    draw run r's picture, in an order shuffled by r, so that what changes about the machine meets all alike.
+    failed are measured, too. `study`: its name, None: the model's "-peers". A row that fails drops out with its reason,
+    the others go on. In round r the rows draw run r's picture, in an order shuffled by r, so that what changes about
+    the machine meets all alike.
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
     out, judge, study = Path(out), Judge(shared), study or f"{shared['model']}-peers"

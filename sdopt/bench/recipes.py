@@ -21,9 +21,7 @@ def stock_compile(mode):
 def _stock_compile(mode, pipe):
     compilation.channels_last(pipe)
     compilation.start_at_step_zero(pipe)
-    options = torch._inductor.list_mode_options(mode)  # as mode=mode, which takes no options beside it
-    if mode.startswith("max-autotune"):
-        options = options | compilation.SEARCH_IN_THREADS
+    options = compilation.mode_options(mode)  # as mode=mode, which takes no options beside it
     pipe.unet.compile(fullgraph=True, options=options)
     pipe.vae.decoder.compile(fullgraph=True, options=options)
     return pipe
@@ -39,7 +37,7 @@ def tutorial(pipe):
     compilation.channels_last(pipe)
     quantization.tutorial_int8(pipe)
     compilation.start_at_step_zero(pipe)  # "Remove GPU sync after compilation"
-    options = torch._inductor.list_mode_options("max-autotune") | TUTORIAL_FLAGS | compilation.SEARCH_IN_THREADS
+    options = compilation.mode_options("max-autotune") | TUTORIAL_FLAGS
     pipe.unet.compile(fullgraph=True, options=options)
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, options=options)
     return pipe

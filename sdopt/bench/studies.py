@@ -83,7 +83,7 @@ def nine(steps, cutoff=0.4):
 
 def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
-    options, kept = {"cutoff": 0.4, "steps": steps}, path.recommended(device)
+    options = {"cutoff": 0.4, "steps": steps}
     if study.name.endswith("-engine"):
         whole = Recipe(
             "whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine
@@ -91,6 +91,7 @@ def rows_of(study, device, steps):
         return [nine(steps)[0], *PEERS, ENGINE, whole]
     if study.kind == "peers":
         return list(PEERS)
+    kept = path.recommended(device)
     without = [i for i in NINE if i not in kept]
     rows = [*nine(steps), *BASELINES]
     if without:

@@ -43,15 +43,15 @@ def prepare(pipe, keep: int = GRAPHS):
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
     memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
     told = "set_timesteps" in vars(pipe.scheduler)
-    layouts = _layouts(pipe)
+    turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)
-    for weight, _ in layouts:
+    for weight in turned:
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for part in (denoiser, decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.fuse(part)
     denoiser.forward = unet.UNet(denoiser, memory, keep)
-    denoiser.forward.before = layouts, None if told else pipe.scheduler
+    denoiser.forward.before = turned, None if told else pipe.scheduler
     decoder.forward = graphs.Decoder(decoder, memory, keep)
     return pipe
 
@@ -65,14 +65,14 @@ def restore(pipe):
         if not MISSING and isinstance(getattr(pipe.unet, "_old_forward", None), unet.UNet):  # accelerate keeps it there
             raise UserError("offloading was put over the engine: call pipe.remove_all_hooks() first")
         return pipe
-    layouts, scheduler = pipe.unet.forward.before
+    turned, scheduler = pipe.unet.forward.before
     for part in (pipe.unet, pipe.vae.decoder):
         del part.forward
     for part in (pipe.unet, pipe.vae.decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.release(part)
-    for weight, layout in layouts:
-        weight.data = weight.data.clone(memory_format=layout)
+    for weight in turned:
+        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if scheduler is not None:
         vars(scheduler).pop("set_timesteps", None)
     return pipe
@@ -83,8 +83,8 @@ def is_prepared(pipe) -> bool:
     return not MISSING and isinstance(vars(pipe.unet).get("forward"), unet.UNet)
 
 
-def _layouts(pipe):
-    """[(weight, its memory format)] of all that channels_last will change."""
+def _contiguous_images(pipe):
+    """The weights that channels_last will turn."""
     parts = (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None))
-    weights = [p for part in parts if part is not None for p in part.parameters() if p.ndim == 4]
-    return [(weight, torch.contiguous_format) for weight in weights if weight.is_contiguous()]
+    weights = [p for part in parts if part is not None for p in part.parameters()]
+    return [weight for weight in weights if weight.ndim == 4 and weight.is_contiguous()]

@@ -78,6 +78,10 @@ class Captured:
             return True
         return False
 
+    def obstacle(self):
+        """Why this call has to run eagerly, as far as the module and PyTorch's state can tell, or None."""
+        return self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
+
     def entry(self, key, make):
         """The entry for `key`, made by `make()` where there is none, the least recently used going first."""
         if key in self.entries:
@@ -103,15 +107,15 @@ class Decoder(Captured):
 
     def __call__(self, sample, *args, **kwargs):
         self.moves = self.moves + 1 if self.look() else 0
+        reason = self.obstacle()
         if any(value is not None for value in (*args, *kwargs.values())):
-            return self.eagerly("it was called with more than latents", sample, *args, **kwargs)
-        reason = self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
-        if self.moves > PATIENCE:
+            reason = "it was called with more than latents"
+        elif self.moves > PATIENCE:
             reason = (
                 "its weights move before every picture (upcast, or offloaded), and a capture takes longer than it gains"
             )
         if reason:
-            return self.eagerly(reason, sample)
+            return self.eagerly(reason, sample, *args, **kwargs)
         places, replay, output = self.entry(shapes({"sample": sample}), lambda: self._make(sample))
         places["sample"].copy_(sample)
         replay()

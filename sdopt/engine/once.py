@@ -17,7 +17,7 @@ class Once:
     """For one UNet: `resnets`, its residual blocks with a time projection, and `attend`, its layers that look at the prompt."""
 
     def __init__(self, resnets, layers, keys_and_values):
-        self.layers, self.of_prompt, self._keys_and_values = layers, {}, keys_and_values
+        self.layers, self._keys_and_values = layers, keys_and_values
         self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()

@@ -28,7 +28,7 @@ class UNet(graphs.Captured):
         if not _follows(self.last, timestep):
             self._begin()
         self.last = timestep
-        reason = unknown or self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
+        reason = unknown or self.obstacle()
         if reason:
             given = (sample, timestep, encoder_hidden_states, *args)
             return self.eagerly(reason, *given, return_dict=return_dict, **kwargs)
