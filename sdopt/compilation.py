@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -26,9 +27,9 @@ SEARCH = {
     "coordinate_descent_tuning": True,  # try neighbouring tile sizes of each generated kernel, and ...
     "coordinate_descent_check_all_directions": True,  # ... diagonal neighbours
 }
-# How the search works, not what it finds. Candidates compile in worker processes by default, and PyTorch 2.11 then compiles
-# each again, one after another, when it measures them: 44 s for one product on an H200's host. In threads: 13 s.
-SEARCH_IN_THREADS = {"compile_threads": 1}  # worker processes; the threads are as many as there are cores
+# A search compiles its candidates in worker processes, which assemble them with this program. The process that measures them
+# would take Triton's own, find nothing of that in its cache, and compile all of them again, one after another.
+ASSEMBLER = Path(torch.__file__).parent / "bin" / "ptxas"
 
 # The UNet's attention blocks: one class, few distinct shapes, so a handful of graphs serve the whole UNet. Not the
 # transformer blocks inside alone, which is diffusers' choice: the projections around them would round to int8 eagerly.
@@ -131,7 +132,7 @@ def graphs_so_far() -> dict:
 
 
 def mode_options(mode: str) -> dict:
-    """The options that torch.compile's `mode` stands for, to be merged with others; a search runs in threads.
+    """The options that torch.compile's `mode` stands for, to be merged with others; before a search, ASSEMBLER is set.
 
     Raises UserError for an unknown mode.
     """
@@ -139,7 +140,9 @@ def mode_options(mode: str) -> dict:
         own = torch._inductor.list_mode_options(mode)
     except RuntimeError as error:
         raise UserError(f"unknown compile mode '{mode}': use default, reduce-overhead or max-autotune") from error
-    return own | (SEARCH_IN_THREADS if own.get("max_autotune") else {})
+    if own.get("max_autotune") and ASSEMBLER.exists():
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(ASSEMBLER))
+    return own
 
 
 def _options(mode, cuda, kind):
