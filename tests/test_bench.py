@@ -221,24 +221,9 @@ def test_rows_say_what_differs_and_what_did_not_help(walked):
     assert rows["compile"]["apart"]["channels_last"]["latency_s"]["median"] == 0.5
 
 
-def a_gpu_answers(state, tell):
-    return True
-
-
-def a_gpu_is_lost(state, tell):
-    raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
-
-
-@pytest.mark.parametrize(("answer", "method"), [(a_gpu_answers, "forkserver"), (a_gpu_is_lost, "spawn")])
-def test_processes_for_a_gpu_are_forked_where_cuda_allows_it(monkeypatch, answer, method):
-    monkeypatch.setattr(process, "_start_cuda", answer)
-    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
-    assert process.context("cuda").get_start_method() == method
-
-
-@pytest.mark.gpu
-def test_a_forked_process_can_use_the_gpu():
-    assert process.context("cuda").get_start_method() == "forkserver", "an import has started CUDA in the server"
+def test_processes_for_a_gpu_are_not_forked():
+    methods = [process.context(device).get_start_method() for device in ("cuda", "cuda:1", "cpu")]
+    assert methods == ["spawn", "spawn", "forkserver"]
 
 
 def test_every_step_has_a_reason_why_it_may_not_help():

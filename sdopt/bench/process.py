@@ -12,12 +12,11 @@ from multiprocessing import connection
 
 from sdopt.errors import UserError
 
-# What every row imports anyway, loaded once into the fork server. Importing neither runs an op nor starts CUDA there.
+# What every row imports anyway, loaded once into the fork server.
 PRELOAD = ["sdopt.bench.row"]
 # The phases after all that is timed: from there on another process disturbs nothing.
 PROFILING, KEEPING = "a look at its kernels", "keeping what was compiled"
 GRACE_S = 20.0  # for a process that has answered to put its things away
-PROBE_S = 120.0  # for the server's imports and a first touch of the GPU
 
 
 class RowFailed(Exception):
@@ -25,43 +24,21 @@ class RowFailed(Exception):
 
 
 def context(device):
-    """The way to start processes for rows on `device`: forked from a server that has imported torch and diffusers.
+    """The way to start processes for rows on `device`.
 
-    That is a clean process a row, without ten seconds of imports, since the server does nothing else. It must not start
-    CUDA, which does not survive a fork: where an import starts it all the same, processes for a GPU begin from nothing.
+    For a CPU they are forked from a server that has imported torch and diffusers: a clean process a row, without ten
+    seconds of imports. CUDA does not survive a fork, and imports start it (diffusers imports peft, that torchao, whose
+    kernels ask the GPU what it can do; xformers does, too), so that processes for a GPU begin from nothing.
     """
-    cuda = str(device).startswith("cuda")
-    if cuda:
-        # Libraries ask at their import whether there is a GPU: NVML can tell without starting CUDA.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    else:
-        # By default an OpenMP thread spins for milliseconds while it waits for the others; let anything else run on the
-        # machine and a row takes many times as long. With a short spin it loses its share of the time and no more. On
-        # an idle machine the short spin itself costs a few percent, of every row alike.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if str(device).startswith("cuda"):
+        return multiprocessing.get_context("spawn")
+    # By default an OpenMP thread spins for milliseconds while it waits for the others; let anything else run on the
+    # machine and a row takes many times as long. With a short spin it loses its share of the time and no more. On
+    # an idle machine the short spin itself costs a few percent, of every row alike.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
-    if cuda and not _can_start_cuda(server):
-        return multiprocessing.get_context("spawn")
     return server
-
-
-def _can_start_cuda(ctx):
-    """Whether a process started that way can use the GPU."""
-    with Worker(ctx) as worker:
-        try:
-            return worker.call(_start_cuda, limit_s=PROBE_S)
-        except RowFailed:
-            return False
-
-
-def _start_cuda(state, tell):
-    import torch  # here, so that the caller, who needs no GPU, does not wait for it
-
-    try:
-        return bool(torch.zeros(1, device="cuda").add(1).item())
-    except RuntimeError:  # an import has started CUDA in the server: xformers' does
-        return False
 
 
 class Worker:

@@ -41,7 +41,7 @@ def prepare(pipe, keep: int = GRAPHS):
     for part in (denoiser, decoder):
         if "forward" in vars(part):
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
-    memory = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    memory = graphs.Memory()
     told = "set_timesteps" in vars(pipe.scheduler)
     turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)

@@ -8,6 +8,7 @@ weights have moved. Weights that change where they are need no new graph.
 import warnings
 from collections import OrderedDict
 from functools import update_wrapper
+from weakref import WeakSet
 
 import torch
 
@@ -22,22 +23,37 @@ def can_capture(module) -> bool:
     return next(module.parameters()).is_cuda
 
 
-def capture(call, memory):
-    """`call()` as a CUDA graph in the memory pool `memory`: (a function that replays it, what it returns at each replay).
+class Memory:
+    """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from."""
+
+    def __init__(self):
+        self.stream = self.handle = None
+        self.graphs = WeakSet()
+
+    def pool(self):
+        if not self.graphs:  # a pool whose last graph is gone cannot be taken up again
+            self.handle = torch.cuda.graph_pool_handle()
+        return self.handle
+
+
+def capture(call, memory: Memory):
+    """`call()` as a CUDA graph in the pool of `memory`: (a function that replays it, what it returns at each replay).
 
     What is returned lies in the pool, at the same place each time, where another graph of the pool may write: copy it
-    before the next replay of any. `call` runs once before, for whatever is set up at a first call (kernels compiled,
-    algorithms tried).
+    before the next replay of any. What `call` reads has to be kept alive by the caller. `call` runs once before, for
+    whatever is set up at a first call (kernels compiled, algorithms tried); on the same stream, since cuBLAS keeps some
+    32 MiB for every stream it has seen.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    memory.stream = memory.stream or torch.cuda.Stream()
+    memory.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(memory.stream):
         call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(memory.stream)
     graph = torch.cuda.CUDAGraph()
     # another thread may allocate meanwhile
-    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory.pool(), stream=memory.stream, capture_error_mode="thread_local"):
         output = call()
+    memory.graphs.add(graph)
     return graph.replay, output
 
 
@@ -59,7 +75,7 @@ def shapes(tensors):
 
 
 class Captured:
-    """A module's `forward` by graphs: what `Decoder` and `unet.UNet` share. `memory`: the pool all their graphs live in."""
+    """A module's `forward` by graphs: what `Decoder` and `unet.UNet` share. `memory`: what all their graphs share."""
 
     def __init__(self, module, memory, limit):
         self.module, self.memory, self.limit = module, memory, limit

@@ -54,8 +54,9 @@ class _Entry:
         device = next(unet.module.parameters()).device
         self.places = {name: graphs.place(tensor, device) for name, tensor in inputs.items()}
         self.prompt, self.picture = {}, None
-        # Outside the graphs' memory: what is written there by one graph, another may use for what it needs in between.
-        of_prompt = self.held.read_prompt(self.places["encoder_hidden_states"])
+        # Outside the graphs' memory: what is written there by one graph, another may use for what it needs in between. And
+        # held here: a graph knows addresses, and keeps nothing alive that lies there.
+        of_prompt = self.of_prompt = self.held.read_prompt(self.places["encoder_hidden_states"])
 
         def read_prompt():
             for layer, new in self.held.read_prompt(self.places["encoder_hidden_states"]).items():
