@@ -24,13 +24,14 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
-from torch.fx.experimental.proxy_tensor import make_fx
 from tiny import draw, psnr, tiny_sdxl
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import conv2d, pixel_shuffle
 
 from sdopt import compilation, engine, guidance, models
 from sdopt.engine import fused, graphs
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, upsample_conv
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2}
 
@@ -50,6 +51,7 @@ def captured(request, monkeypatch):
 
     for kernel in (add_layer_norm, bias_residual, geglu, group_norm):
         monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
+    monkeypatch.setattr(fused, upsample_conv.NAME, doubled)
 
     def capture(call, memory):
         operations = recorded(call) if getattr(request, "param", False) else call
@@ -69,6 +71,14 @@ def captured(request, monkeypatch):
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "can_capture", lambda module: True)
     return made
+
+
+def doubled(x, weight, bias, quarters=None):
+    """`upsample_conv` by PyTorch, from its four convolutions."""
+    height, width = x.shape[2:]
+    cases = conv2d(x, upsample_conv.folded(weight) if quarters is None else quarters, padding=1).unflatten(1, (4, -1))
+    placed = [cases[:, 2 * a + b, :, a : a + height, b : b + width] for a in (0, 1) for b in (0, 1)]
+    return pixel_shuffle(torch.stack(placed, 2).flatten(1, 2), 2) + bias[:, None, None]
 
 
 def recorded(call):

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 
 from sdopt.engine import fused
@@ -38,7 +39,7 @@ def unet(request):
 def kernels(monkeypatch):
     """The names of the kernels that ran, in their order."""
     ran = []
-    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual"):
+    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv"):
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
     return ran
@@ -62,23 +63,25 @@ def assert_same(ours, theirs):
 
 
 def counts(unet):
-    return [sum(type(m) is kind for m in unet.modules()) for kind in (ResnetBlock2D, Transformer2DModel)]
+    return [sum(type(m) is kind for m in unet.modules()) for kind in (ResnetBlock2D, Transformer2DModel, Upsample2D)]
 
 
 @pytest.mark.parametrize("unet", ["sdxl", "sd15"], indirect=True)
 def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     call = unet_call(unet, batch=2)
     theirs = call()
-    resnets, transformers = counts(unet)
+    resnets, transformers, upsamplers = counts(unet)
     blocks = sum(len(m.transformer_blocks) for m in unet.modules() if type(m) is Transformer2DModel)
-    assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers
+    assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers + upsamplers
     assert_same(call(), theirs)
-    assert [kernels.count(k) for k in ("group_norm", "bias_residual", "add_layer_norm", "geglu")] == [
+    assert [kernels.count(k) for k in ("group_norm", "bias_residual", "add_layer_norm", "geglu", "upsample_conv")] == [
         2 * resnets + transformers + 1,  # the last before the output
         resnets,
         3 * blocks,
         blocks,
+        upsamplers,
     ]
+    assert upsamplers
     fused.release(unet)
     kernels.clear()
     assert torch.equal(call(), theirs) and not kernels
@@ -102,9 +105,23 @@ def test_a_vae_decodes_the_same(kernels):
     latents = torch.randn(1, 4, 6, 5)
     with torch.no_grad():
         theirs = vae.decode(latents).sample
-        resnets = fused.fuse(vae.decoder)
+        blocks = fused.fuse(vae.decoder)
         assert_same(vae.decode(latents).sample, theirs)
-    assert kernels.count("bias_residual") == resnets > 0
+    assert kernels.count("bias_residual") + kernels.count("upsample_conv") == blocks > 0
+
+
+@torch.no_grad()
+def test_only_a_size_that_doubles_is_doubled(unet, kernels):
+    """At a size that the levels do not divide, diffusers asks for another than twice the small one."""
+    block = next(m for m in unet.modules() if type(m) is Upsample2D)
+    x, call = torch.randn(1, block.channels, 3, 5), unet_call(unet, 5, 7)
+    theirs = [block(x), block(x, (6, 10)), block(x, (5, 9)), call()]
+    fused.fuse(unet)
+    for size, right in zip((None, (6, 10), (5, 9)), theirs):
+        kernels.clear()
+        assert_same(block(x, size), right)
+        assert kernels == ([] if size == (5, 9) else ["upsample_conv"])
+    assert_same(call(), theirs[-1])
 
 
 def test_a_lora_put_in_after_fusing_is_seen(unet, kernels):
@@ -112,12 +129,13 @@ def test_a_lora_put_in_after_fusing_is_seen(unet, kernels):
     call = unet_call(unet)
     before = call()
     torch.manual_seed(0)
-    targets = ["to_q", "to_v", "proj_in", "conv1", "ff.net.2"]
+    targets = ["to_q", "to_v", "proj_in", "conv1", "conv", "ff.net.2"]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
     kernels.clear()
     changed = call()
     assert (changed - before).abs().max() > 1e-3 * before.abs().max()
-    assert "geglu" in kernels and "bias_residual" not in kernels, "a convolution with a LoRA is called, not read"
+    assert "geglu" in kernels, "a convolution with a LoRA is called, not read"
+    assert not {"bias_residual", "upsample_conv"} & set(kernels)
     fused.release(unet)
     assert_same(changed, call())
 
@@ -178,7 +196,6 @@ def test_a_forward_that_somebody_replaced_stays(unet):
     block, other = unet.mid_block.resnets[0], unet.conv_in
     block.forward = mine = lambda x, temb: x
     other.forward = theirs = lambda x: x
-    resnets, transformers = counts(unet)
-    assert fused.fuse(unet) == resnets + transformers - 1
+    assert fused.fuse(unet) == sum(counts(unet)) - 1
     fused.release(unet)
     assert vars(block)["forward"] is mine and vars(other)["forward"] is theirs

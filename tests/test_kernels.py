@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, upsample_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -106,10 +106,26 @@ def test_bias_residual(device, dtype, shape):
     assert_close(ours, bias_residual.reference, x, bias, residual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 8, 4, 5), 12), ((3, 33, 3, 7), 70), ((1, 16, 1, 1), 16)])
+def test_upsample_conv(device, dtype, shape, outputs):
+    """It rounds three times where the operations it stands for do once: sums of weights, the four cases, the result."""
+    x = image(shape, dtype, device)
+    weight, bias = random((outputs, shape[1], 3, 3), dtype, device), random(outputs, dtype, device)
+    exact = upsample_conv.reference(x.double(), weight.double(), bias.double())
+    off = lambda y: (y.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    theirs = off(upsample_conv.reference(x, weight, bias))
+    for kept in (None, upsample_conv.folded(weight)):
+        ours = upsample_conv.upsample_conv(x, weight, bias, kept)
+        assert ours.dtype is dtype and ours.is_contiguous(memory_format=torch.channels_last)
+        assert off(ours) <= 2.5 * theirs + 1e-6
+
+
 def test_bytes_are_counted():
     x = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16)
     assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
     assert geglu.bytes_moved(x) == 3 * x.numel()
+    assert upsample_conv.bytes_moved(x, torch.empty(32, 64, 3, 3)) == 2 * (3 * x.numel() + 32 * 64 * 9)
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
 
 
@@ -133,6 +149,10 @@ WRONG = {
     "residual": (
         lambda: add_layer_norm.add_layer_norm(torch.ones(4, 8), torch.ones(4, 9), torch.ones(8), torch.ones(8)),
         "residual has shape",
+    ),
+    "window": (
+        lambda: upsample_conv.upsample_conv(torch.ones(1, 8, 4, 4).to(**LAST), torch.ones(8, 8, 1, 1), torch.ones(8)),
+        "8, 3, 3. was expected",
     ),
     "too long": (
         lambda: add_layer_norm.add_layer_norm(torch.ones(1, 2**15), None, *[torch.ones(2**15)] * 2),

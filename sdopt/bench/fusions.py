@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from sdopt import precision
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, upsample_conv
 from sdopt.timing import kernel_seconds
 
 CACHE = 256 * 2**20  # inputs take turns, together several times a GPU's cache: each call finds its own in memory
@@ -21,10 +21,12 @@ IMAGES = (
     (1, 256, 512, 512),
 )
 TOKENS = ((8192, 640), (2048, 1280))
+SMALL = ((2, 1280, 32, 32), (2, 640, 64, 64), (1, 512, 256, 256), (1, 256, 512, 512))  # images that are doubled
 FUSIONS = (
     *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
+    *((upsample_conv, shape) for shape in SMALL),
 )
 
 
@@ -58,6 +60,8 @@ def _arguments(kernel, shape, device, dtype):
         return image(), new(shape[1]), image()
     if kernel is add_layer_norm:
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
+    if kernel is upsample_conv:
+        return image(), new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last), new(shape[1])
     return (new(*shape),)
 
 

@@ -13,6 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
 
@@ -22,6 +23,7 @@ from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
 from sdopt.kernels.group_norm import group_norm
+from sdopt.kernels.upsample_conv import upsample_conv
 
 
 def fuse(model: nn.Module) -> int:
@@ -73,6 +75,15 @@ def resnet(block, x, temb=None, *args, **kwargs):
         if block.conv_shortcut.bias is not None:
             bias = bias + block.conv_shortcut.bias
     return bias_residual(h, bias, x)
+
+
+def upsample(block, x, output_size=None, *args, **kwargs):
+    """`Upsample2D.forward` to twice the size, with a convolution."""
+    doubled = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
+    if args or kwargs or not doubled or not is_plain_upsample(block) or not _suits(x):
+        return type(block).forward(block, x, output_size, *args, **kwargs)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return upsample_conv(x, block.conv.weight, block.conv.bias, once.quarters(block))
 
 
 def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
@@ -209,6 +220,18 @@ def is_plain_resnet(block):
     )
 
 
+def is_plain_upsample(block):
+    """Whether `block` is the doubling that is computed here."""
+    conv = getattr(block, "conv", None)
+    return (
+        _is_stock(conv, kind=nn.Conv2d)
+        and (block.interpolate and block.norm is None)
+        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding_mode == "zeros" and conv.groups == 1 and set(conv.dilation) == {1})
+        and conv.bias is not None
+    )
+
+
 def is_plain_transformer(model):
     """Whether `model` and its blocks are those that are computed here."""
     ends = (model.proj_in, model.proj_out)
@@ -253,4 +276,4 @@ def is_plain_attention(attn):
     )
 
 
-FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer}
+FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer, Upsample2D: upsample}

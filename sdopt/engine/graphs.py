@@ -14,7 +14,6 @@ import torch
 
 from sdopt.engine import state
 
-
 PATIENCE = 2  # captures in a row, before a decoder whose weights move again and again is left as it is
 
 

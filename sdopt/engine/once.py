@@ -1,4 +1,5 @@
-"""What stays as it is from step to step, computed once: the prompt's keys and values, and all time projections as one product.
+"""What stays as it is from step to step, computed once: the prompt's keys and values, the upsamplers' folded weights; and all
+time projections as one product.
 
 `Once` holds it, and the blocks of `fused` take it from there while `using` lasts. What it holds was computed from weights, so
 it is computed again for every picture: weights that were changed in place show in the next.
@@ -10,14 +11,17 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, silu
 
+from sdopt.kernels.upsample_conv import folded
+
 _now = None
 
 
 class Once:
-    """For one UNet: `resnets`, its residual blocks with a time projection, and `attend`, its layers that look at the prompt."""
+    """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`."""
 
-    def __init__(self, resnets, layers, keys_and_values):
+    def __init__(self, resnets, layers, upsamplers, keys_and_values):
         self.layers, self._keys_and_values = layers, keys_and_values
+        self.upsamplers, self.quarters = upsamplers, {}
         self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
@@ -26,7 +30,7 @@ class Once:
 
     @torch.no_grad()
     def gather(self):
-        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty."""
+        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty. Fold others."""
         weights = [block.time_emb_proj.weight for block in self.resnets]
         biases = [block.time_emb_proj.bias + block.conv1.bias for block in self.resnets]
         if self.resnets and self.weight is None:
@@ -34,6 +38,9 @@ class Once:
         elif self.resnets:  # at the same place: graphs read it there
             torch.cat(weights, out=self.weight)
             torch.cat(biases, out=self.bias)
+        for block in self.upsamplers:
+            new = folded(block.conv.weight)
+            self.quarters[block] = self.quarters[block].copy_(new) if block in self.quarters else new
 
     def read_prompt(self, text):
         """{layer: its keys and values} of the prompt's embeddings `text`, [samples, tokens, channels]."""
@@ -61,6 +68,11 @@ def using(held, of_prompt):
 def keys_and_values(layer):
     """The prompt's keys and values for an attention layer, if they have been computed."""
     return _now[1].get(layer) if _now else None
+
+
+def quarters(block):
+    """The folded weights of an upsampler, if they have been computed."""
+    return _now[0].quarters.get(block) if _now else None
 
 
 def shift(block, temb):

@@ -4,6 +4,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.models.upsampling import Upsample2D
 
 from sdopt.engine import fused, graphs
 from sdopt.engine.once import Once, using
@@ -98,7 +99,8 @@ def _held(unet):
         for block in model.transformer_blocks
     ]
     layers = [block.attn2 for block in blocks if fused.is_plain_attention(block.attn2)]
-    return Once(resnets, layers, fused.keys_and_values)
+    upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and fused.is_plain_upsample(m)]
+    return Once(resnets, layers, upsamplers, fused.keys_and_values)
 
 
 def _named(sample, timestep, text, args, kwargs):

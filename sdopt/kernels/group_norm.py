@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sdopt.kernels import launch
 from sdopt.errors import UserError
+from sdopt.kernels import launch
 
 NAME = "group_norm"
 CHANNELS = 64  # of a strip: 128 bytes of bfloat16, a cache line
