@@ -27,6 +27,8 @@ from peft import LoraConfig
 from tiny import draw, psnr, tiny_sdxl
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d, pixel_shuffle
+from torch.utils._pytree import tree_leaves
+from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
 from sdopt.engine import fused, graphs
@@ -45,9 +47,8 @@ def captured(request, monkeypatch):
     made, outputs = [], []
 
     def spoil():
-        for output in outputs:
-            if output is not None:
-                output.fill_(float("nan"))
+        for tensor in outputs:
+            tensor.fill_(float("nan"))
 
     for kernel in (add_layer_norm, bias_residual, geglu, group_norm):
         monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
@@ -61,15 +62,18 @@ def captured(request, monkeypatch):
         def replay():
             new = operations()
             spoil()  # what other graphs of the pool left is not safe from this one
-            if output is not None:
-                output.copy_(new)
+            for tensor, value in zip(tree_leaves(output), tree_leaves(new), strict=True):
+                if tensor is not None:
+                    tensor.copy_(value)
 
-        outputs.append(output)
-        made.append(replay)
+        outputs.extend(tensor for tensor in tree_leaves(output) if tensor is not None)
+        if not isinstance(output, ModelOutput):  # a text encoder's, which is the same for all sizes
+            made.append(replay)
         return replay, output
 
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "can_capture", lambda module: True)
+    monkeypatch.setattr(graphs, "waits", lambda call: None)
     return made
 
 
@@ -203,6 +207,40 @@ def test_a_prompt_that_a_callback_changes_is_read_again(tiny, captured):
         eager, ours = both(tiny, **change(how))
         assert_same(ours, eager)
         assert np.abs(ours - plain).max() > 1e-3, "it has to matter"
+
+
+@torch.no_grad()
+def test_text_encoders_say_the_same(tiny, captured):
+    ids = [torch.randint(5, 90, (1, 77)) for _ in range(2)]
+    calls = [{"output_hidden_states": True}, {}, {"return_dict": False}]
+    ask = lambda: [encoder(each, **call) for encoder in encoders for each in ids for call in calls]
+    encoders = tiny.text_encoder, tiny.text_encoder_2
+    eager = ask()
+    engine.prepare(tiny)
+    for _ in range(2):
+        ours = ask()  # all of it before any is compared: a later call must leave what an earlier one returned
+        for one, right in zip(ours, eager, strict=True):
+            assert type(one) is type(right)
+            for tensor, exact in zip(tree_leaves(one), tree_leaves(right), strict=True):
+                assert tensor is exact is None or torch.equal(tensor, exact)
+    assert [len(encoder.forward.entries) for encoder in encoders] == [3, 3]
+    next(m for name, m in encoders[0].named_modules() if name.endswith("final_layer_norm")).weight.data.mul_(2)
+    changed = encoders[0](ids[0]).last_hidden_state
+    mask = torch.ones_like(ids[0])
+    with pytest.warns(UserWarning, match="CLIPTextModel eagerly: it was called with attention_mask"):
+        assert torch.allclose(encoders[0](ids[0], attention_mask=mask).last_hidden_state, changed, atol=1e-5)
+    engine.restore(tiny)
+    assert torch.equal(encoders[0](ids[0]).last_hidden_state, changed) and "forward" not in vars(encoders[1])
+
+
+@torch.no_grad()
+def test_a_text_encoder_that_waits_for_the_gpu_is_not_captured(tiny, captured, monkeypatch):
+    monkeypatch.setattr(graphs, "waits", lambda call: "it waits for the GPU in the middle")
+    engine.prepare(tiny)
+    with pytest.warns(UserWarning, match="eagerly: it waits for the GPU") as heard:
+        for _ in range(2):
+            assert tiny.text_encoder(torch.ones(1, 77, dtype=torch.long)).last_hidden_state.isfinite().all()
+    assert len(heard) == 1 and not tiny.text_encoder.forward.entries
 
 
 def test_a_lora_put_in_fused_and_taken_out_shows_at_once(tiny, captured):
@@ -538,6 +576,8 @@ def test_gpu_pictures_in_any_order(on_gpu):
     engine.prepare(on_gpu, keep=4)
     for call, right in zip(calls, eager):
         assert psnr(gpu_draw(on_gpu, **call), right) > 30, call
+    for part in (on_gpu.unet, on_gpu.vae.decoder, on_gpu.text_encoder):
+        assert part.forward.entries and not part.forward.said
     engine.restore(on_gpu)
     assert np.array_equal(gpu_draw(on_gpu, **calls[0]), eager[0])
 

@@ -7,7 +7,7 @@ from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
-    from sdopt.engine import fused, graphs, unet
+    from sdopt.engine import fused, graphs, text, unet
 except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
     MISSING = missing.name
 else:
@@ -18,6 +18,8 @@ GRAPHS = 8  # of each model: two a size, since a cutoff changes the batch
 
 def prepare(pipe, keep: int = GRAPHS):
     """Let UNet and VAE decoder of `pipe` run on fused kernels inside CUDA graphs, from the next call on; returns `pipe`.
+
+    Its CLIP text encoders run inside CUDA graphs, too.
 
     Any stock pipeline around a `UNet2DConditionModel`: Stable Diffusion 1.x, 2.x and XL, text to image, image to image,
     inpainting, with or without a ControlNet. A size's first picture captures its graphs, in seconds; `keep` graphs of
@@ -38,7 +40,8 @@ def prepare(pipe, keep: int = GRAPHS):
         raise UserError('the engine needs a CUDA GPU: call pipe.to("cuda") first, or keep the pipeline as it is')
     if timing.compiled_parts(denoiser):
         raise UserError("the pipeline is compiled, which is another way to the same: load it again for the engine")
-    for part in (denoiser, decoder):
+    encoders = _text_encoders(pipe)
+    for part in (denoiser, decoder, *encoders):
         if "forward" in vars(part):
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
     memory = graphs.Memory()
@@ -53,6 +56,8 @@ def prepare(pipe, keep: int = GRAPHS):
     denoiser.forward = unet.UNet(denoiser, memory, keep)
     denoiser.forward.before = turned, None if told else pipe.scheduler
     decoder.forward = graphs.Decoder(decoder, memory, keep)
+    for encoder in encoders:
+        encoder.forward = text.TextEncoder(encoder, memory, keep)
     return pipe
 
 
@@ -66,8 +71,9 @@ def restore(pipe):
             raise UserError("offloading was put over the engine: call pipe.remove_all_hooks() first")
         return pipe
     turned, scheduler = pipe.unet.forward.before
-    for part in (pipe.unet, pipe.vae.decoder):
-        del part.forward
+    for part in (pipe.unet, pipe.vae.decoder, *_text_encoders(pipe)):
+        if isinstance(vars(part).get("forward"), graphs.Captured):
+            del part.forward
     for part in (pipe.unet, pipe.vae.decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.release(part)
@@ -81,6 +87,11 @@ def restore(pipe):
 def is_prepared(pipe) -> bool:
     """Whether `prepare` has been applied to the pipeline's UNet."""
     return not MISSING and isinstance(vars(pipe.unet).get("forward"), unet.UNet)
+
+
+def _text_encoders(pipe):
+    parts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+    return [part for part in parts if type(part) in text.KINDS]
 
 
 def _contiguous_images(pipe):

@@ -56,6 +56,20 @@ def capture(call, memory: Memory):
     return graph.replay, output
 
 
+def waits(call):
+    """Why `call()` cannot be captured, if the CPU waits for the GPU in it, or None."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return "it waits for the GPU in the middle"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def place(tensor, device):
     """A tensor of its own for `tensor`'s values, where a graph will look for them; images in channels_last memory."""
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format

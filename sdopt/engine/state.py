@@ -26,7 +26,7 @@ def fingerprint(module: torch.nn.Module) -> tuple:
                     found.append(tensor.data_ptr() if type(tensor) in PLAIN else id(tensor))
                     found.append(tensor.dtype)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            found.append((*own["_forward_hooks"], *own["_forward_pre_hooks"]))
+            found += _hooks(part)
         if "forward" in own and part is not module:
             found.append(getattr(part.forward, "__func__", part.forward))
         if "processor" in own:
@@ -39,6 +39,14 @@ def fingerprint(module: torch.nn.Module) -> tuple:
     return tuple(found)
 
 
+def _hooks(part):
+    """The hooks on `part`, but for those by which transformers returns a model's hidden states: they can be captured."""
+    hooks = {**part._forward_hooks, **part._forward_pre_hooks}
+    return [
+        key for key, hook in hooks.items() if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    ]
+
+
 def why_not(module: torch.nn.Module) -> str | None:
     """Why `module` has to run eagerly, in a few words, or None."""
     if module.training:
@@ -48,7 +56,7 @@ def why_not(module: torch.nn.Module) -> str | None:
     for name, part in module.named_modules():
         if part is module:
             continue
-        if part._forward_hooks or part._forward_pre_hooks:
+        if _hooks(part):
             return f"{name} has a hook"
         if "forward" in vars(part) and not fused.is_ours(part):
             return f"{name} has another forward"
