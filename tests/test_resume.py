@@ -44,6 +44,10 @@ def settle(state, tell):
     pass
 
 
+def give_back(state, tell):
+    assert state["id"], "only one that is ready is asked"
+
+
 def draw_timed(state, tell, run):
     if state["id"] == "sdpa" and run == 3:
         raise MemoryError("CUDA out of memory")
@@ -60,7 +64,7 @@ def study(out, kind, runs=2, shared=SHARED):
     with pytest.MonkeyPatch.context() as patch:
         for module, names in (
             (walk, ("first_call", "measure")),
-            (peers, ("first_call", "settle", "draw_timed", "finish")),
+            (peers, ("first_call", "settle", "draw_timed", "give_back", "finish")),
         ):
             for name in names:
                 patch.setattr(module, name, globals()[name])

@@ -1,4 +1,7 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from sdopt import path, profiling
 from sdopt.bench import row
@@ -52,6 +55,26 @@ def test_a_profiler_that_is_refused_costs_no_row(profiled, monkeypatch):
     attended, kernels = profiled("sdpa")
     assert attended == {"attention": None, "attention_unknown": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
     assert kernels == {}
+
+
+def test_a_worker_that_gave_its_memory_back_draws_once_before_it_is_timed(monkeypatch):
+    did, free = [], [90]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 100))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("gave back"))
+    monkeypatch.setattr(row.timing, "seconds_of", lambda call, device: (did.append("timed"), call())[0])
+    state = {"pipe": SimpleNamespace(device=torch.device("cuda")), "draw": lambda run: did.append(run)}
+    drew = lambda run: (did.clear(), row.draw_timed(state, None, run), [*did])[-1]
+    assert drew(0) == ["timed", 0]
+    free[0] = 12
+    assert drew(1) == ["timed", 1, "gave back"]
+    free[0] = 13
+    assert drew(2) == [2, "timed", 2] and drew(3) == ["timed", 3]
+    row.give_back(state, None)
+    assert drew(4) == [4, "timed", 4]
+    state["pipe"].device = torch.device("cpu")
+    did.clear()
+    row.give_back(state, None)
+    assert not did and "gave_back" not in state
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
-from sdopt.bench.row import draw_timed, finish, first_call, settle
+from sdopt.bench.row import draw_timed, finish, first_call, give_back, settle
 from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
 from sdopt.timing import latency
 
@@ -33,6 +33,8 @@ def take_turns(
             with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
                 for n, i in enumerate(todo):
                     tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
+                    for ready in list(workers):  # loading takes more memory than drawing
+                        _ask(ledger, workers, ready, give_back, limit_s=limit_s)
                     _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
             _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
             for i, worker in workers.items():
@@ -78,16 +80,22 @@ def _rounds(ledger, runs, device, workers, progress, limit_s):
             rows = []
             for i in order:
                 progress(turn, i)
-                try:
-                    seconds = workers[i].call(draw_timed, turn, limit_s=limit_s)
+                seconds = _ask(ledger, workers, i, draw_timed, turn, limit_s=limit_s)
+                if i in workers:
                     times = latency([*_runs(ledger, i)[:turn], seconds])
                     rows.append(ledger.row(i) | {"latency_s": times, "beside": together})
-                except process.RowFailed as failure:
-                    rows.append(ledger.row(i) | {"status": f"failed: {failure}"})
-                    workers.pop(i).stop()
             ledger.put(*rows)
     if seen:
         ledger.put(gpu_while_timed=seen)
+
+
+def _ask(ledger, workers, i, function, *arguments, limit_s):
+    """What the worker of row `i` answers; one that fails leaves, its row says why, and the others go on."""
+    try:
+        return workers[i].call(function, *arguments, limit_s=limit_s)
+    except process.RowFailed as failure:
+        ledger.put(ledger.row(i) | {"status": f"failed: {failure}"})
+        workers.pop(i).stop()
 
 
 def _runs(ledger, i):
