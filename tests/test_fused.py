@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -39,7 +39,7 @@ def unet(request):
 def kernels(monkeypatch):
     """The names of the kernels that ran, in their order."""
     ran = []
-    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv"):
+    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv", "softmax"):
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
     return ran
@@ -107,7 +107,27 @@ def test_a_vae_decodes_the_same(kernels):
         theirs = vae.decode(latents).sample
         blocks = fused.fuse(vae.decoder)
         assert_same(vae.decode(latents).sample, theirs)
-    assert kernels.count("bias_residual") + kernels.count("upsample_conv") == blocks > 0
+    assert sum(kernels.count(name) for name in ("bias_residual", "upsample_conv", "softmax")) == blocks
+    assert "softmax" in kernels, "the attention in its middle"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_wide_attention_in_parts(kernels, monkeypatch, batch):
+    torch.manual_seed(0)
+    attn = Attention(24, heads=1, dim_head=24, norm_num_groups=GROUPS, residual_connection=True, bias=True).eval()
+    attn.set_processor(AttnProcessor2_0())
+    x = torch.randn(batch, 24, 5, 7)
+    theirs = attn(x)
+    fused.fuse(attn)
+    for most, parts in ((2**26, 1), (350, {1: 4, 3: 12}[batch])):
+        monkeypatch.setattr(fused, "SCORES", most)
+        kernels.clear()
+        assert_same(attn(x, temb=None), theirs)
+        assert kernels == ["group_norm", *["softmax"] * parts]
+    attn.heads = 2
+    kernels.clear()
+    assert not torch.equal(attn(x), theirs) and not kernels, "other heads are left to diffusers"
 
 
 @torch.no_grad()

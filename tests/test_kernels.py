@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, upsample_conv
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, softmax, upsample_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -121,10 +121,24 @@ def test_upsample_conv(device, dtype, shape, outputs):
         assert off(ours) <= 2.5 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 1)])
+def test_softmax(device, dtype, shape):
+    """Scores far apart, and over all of them far from zero."""
+    scores = 30 * random(shape, torch.float32, device) - 1000
+    ours = softmax.softmax(scores, 0.5, dtype)
+    exact = softmax.reference(scores.double(), 0.5, torch.float64)
+    assert ours.dtype is dtype and ours.isfinite().all()
+    # half precision has smallest numbers, too
+    off = torch.finfo(dtype).eps * exact + 1e-6 + torch.finfo(dtype).smallest_normal
+    assert ((ours.double() - exact).abs() <= off).all()
+
+
 def test_bytes_are_counted():
     x = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16)
     assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
     assert geglu.bytes_moved(x) == 3 * x.numel()
+    assert softmax.bytes_moved(torch.empty(3, 5), 1.0, torch.bfloat16) == 6 * 15
     assert upsample_conv.bytes_moved(x, torch.empty(32, 64, 3, 3)) == 2 * (3 * x.numel() + 32 * 64 * 9)
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
 

@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from sdopt import precision
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, upsample_conv
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, softmax, upsample_conv
 from sdopt.timing import kernel_seconds
 
 CACHE = 256 * 2**20  # inputs take turns, together several times a GPU's cache: each call finds its own in memory
@@ -27,6 +27,7 @@ FUSIONS = (
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
     *((upsample_conv, shape) for shape in SMALL),
+    (softmax, (4096, 16384)),  # a part of the attention in SDXL's VAE
 )
 
 
@@ -62,6 +63,8 @@ def _arguments(kernel, shape, device, dtype):
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:
         return image(), new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last), new(shape[1])
+    if kernel is softmax:
+        return torch.randn(shape, device=device), 512**-0.5, dtype
     return (new(*shape),)
 
 

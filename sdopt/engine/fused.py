@@ -8,22 +8,23 @@ time: a block that holds what is not known here is computed by diffusers' own co
 from types import MethodType
 
 import torch
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
 
-from sdopt.engine import once
+from sdopt.engine import once, plain
 from sdopt.kernels import launch
 from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
 from sdopt.kernels.group_norm import group_norm
+from sdopt.kernels.softmax import softmax
 from sdopt.kernels.upsample_conv import upsample_conv
+
+SCORES = 2**26  # of attention at once: 256 MiB in float32
 
 
 def fuse(model: nn.Module) -> int:
@@ -33,8 +34,8 @@ def fuse(model: nn.Module) -> int:
     alone. Twice is once.
     """
     for module in list(model.modules()):
-        if type(module) in FORWARDS and "forward" not in vars(module):
-            module.forward = MethodType(FORWARDS[type(module)], module)
+        if _forward_for(module) and "forward" not in vars(module):
+            module.forward = MethodType(_forward_for(module), module)
         _End.fuse(getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None))
     return sum(is_fused(m) for m in model.modules())
 
@@ -53,13 +54,13 @@ def is_ours(module: nn.Module) -> bool:
 
 def is_fused(block: nn.Module) -> bool:
     """Whether `fuse` has taken this block."""
-    forward = vars(block).get("forward")
-    return type(block) in FORWARDS and getattr(forward, "__func__", None) is FORWARDS[type(block)]
+    forward = getattr(vars(block).get("forward"), "__func__", None)
+    return forward is not None and forward is _forward_for(block)
 
 
 def resnet(block, x, temb=None, *args, **kwargs):
     """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels."""
-    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not is_plain_resnet(block) or not _suits(x):
+    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not plain.resnet(block) or not _suits(x):
         return type(block).forward(block, x, temb, *args, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
     h = _convolved(block.conv1, _normed(block.norm1, x))
@@ -80,7 +81,7 @@ def resnet(block, x, temb=None, *args, **kwargs):
 def upsample(block, x, output_size=None, *args, **kwargs):
     """`Upsample2D.forward` to twice the size, with a convolution."""
     doubled = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
-    if args or kwargs or not doubled or not is_plain_upsample(block) or not _suits(x):
+    if args or kwargs or not doubled or not plain.upsample(block) or not _suits(x):
         return type(block).forward(block, x, output_size, *args, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
     return upsample_conv(x, block.conv.weight, block.conv.bias, once.quarters(block))
@@ -89,7 +90,7 @@ def upsample(block, x, output_size=None, *args, **kwargs):
 def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
     """`Transformer2DModel.forward` of an image: every residual is added by the layer norm after it."""
     asked = [value for key, value in kwargs.items() if key != "timestep"]  # its blocks have no use for a timestep
-    if args or any(value is not None for value in asked) or not (is_plain_transformer(model) and _suits(hidden_states)):
+    if args or any(value is not None for value in asked) or not (plain.transformer(model) and _suits(hidden_states)):
         return type(model).forward(
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
@@ -104,6 +105,29 @@ def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
+def wide_attention(attn, x, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    """`Attention.forward` over an image's positions with one wide head, as a VAE has: too wide for the fused kernels.
+
+    In two products and a softmax, for as many positions at once as give SCORES.
+    """
+    asked = [encoder_hidden_states, attention_mask, *kwargs.values()]
+    if any(value is not None for value in asked) or not plain.wide_attention(attn) or not (x.ndim == 4 and _suits(x)):
+        return type(attn).forward(attn, x, encoder_hidden_states, attention_mask, **kwargs)
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    tokens = _normed(attn.group_norm, x, activation=False).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    q, k, v = attn.to_q(tokens), attn.to_k(tokens).transpose(1, 2), attn.to_v(tokens)
+    rows = max(1, SCORES // (batch * height * width))
+    weights = (softmax(_exact_product(some, k), channels**-0.5, x.dtype) for some in q.split(rows, 1))
+    seen = attn.to_out[0](torch.cat([w @ v for w in weights], 1))
+    return seen.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + x
+
+
+def _exact_product(a, b):
+    """A batch of products as it was summed, in float32."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+
+
 def _transformer_block(block, h, pending, text):
     """(residual, what is still to be added to it) after a block, from the same before it."""
     h, n = _added(h, pending, block.norm1)
@@ -113,7 +137,7 @@ def _transformer_block(block, h, pending, text):
 
 
 def _attended(attn, x, text):
-    if not is_plain_attention(attn):
+    if not plain.attention(attn):
         return attn(x, encoder_hidden_states=text)
     if type(attn.processor) is FusedAttnProcessor2_0 and text is None:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
@@ -189,91 +213,11 @@ def _projected(layer, tokens):
     return linear(tokens, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv2d) else layer(tokens)
 
 
-def _is_stock(*modules, kind=None):
-    """Whether the modules, whose weights are read here without calling them, are PyTorch's own and nobody listens."""
-    for module in modules:
-        if kind and type(module) is not kind:
-            return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return False
-    return True
-
-
-def is_plain_resnet(block):
-    """Whether `block` is the residual block that is computed here."""
-    convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
-    return (
-        _is_stock(*convolutions, kind=nn.Conv2d)
-        and _is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
-        and not block.training
-        and (block.upsample is None and block.downsample is None)
-        # what a VAE calls "group" is a norm without an embedding, as "default" is where there is none
-        and (
-            block.time_embedding_norm == "default"
-            or (block.time_embedding_norm == "group" and block.time_emb_proj is None)
-        )
-        and not block.skip_time_act
-        and type(block.nonlinearity) is nn.SiLU
-        and block.output_scale_factor == 1
-        and all(c.padding_mode == "zeros" and c.groups == 1 and set(c.dilation) == {1} for c in convolutions)
-        and None not in (block.conv1.bias, block.conv2.bias)
-    )
-
-
-def is_plain_upsample(block):
-    """Whether `block` is the doubling that is computed here."""
-    conv = getattr(block, "conv", None)
-    return (
-        _is_stock(conv, kind=nn.Conv2d)
-        and (block.interpolate and block.norm is None)
-        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
-        and (conv.padding_mode == "zeros" and conv.groups == 1 and set(conv.dilation) == {1})
-        and conv.bias is not None
-    )
-
-
-def is_plain_transformer(model):
-    """Whether `model` and its blocks are those that are computed here."""
-    ends = (model.proj_in, model.proj_out)
-    return (
-        model.is_input_continuous
-        and not model.training
-        and _is_stock(model.norm, kind=nn.GroupNorm)
-        and (model.use_linear_projection or _is_stock(*ends, kind=nn.Conv2d))
-        and all(map(_is_plain_block, model.transformer_blocks))
-    )
-
-
-def _is_plain_block(block):
-    norms = (block.norm1, block.norm2, block.norm3)
-    return (
-        type(block) is BasicTransformerBlock
-        and _is_stock(block)
-        and block.norm_type == "layer_norm"
-        and _is_stock(*norms, kind=nn.LayerNorm)
-        and all(n.weight is not None and n.bias is not None for n in norms)
-        and block.pos_embed is None
-        and not block.only_cross_attention
-        and block.attn2 is not None
-        and block._chunk_size is None
-        and not hasattr(block, "fuser")
-        and type(block.ff.net[0]) is GEGLU
-        and _is_stock(block.ff, block.ff.net[0])
-        and len(block.ff.net) == 3
-    )
-
-
-def is_plain_attention(attn):
-    """Whether `attn` is the layer that is computed here: scaled dot products of its own projections, and no more."""
-    return (
-        type(attn) is Attention
-        and _is_stock(attn)
-        and type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
-        and all(part is None for part in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
-        and not attn.norm_cross
-        and not attn.residual_connection
-        and attn.rescale_output_factor == 1
-    )
+def _forward_for(module):
+    """The function that computes `module` here, or None."""
+    if type(module) is Attention and module.group_norm is not None:
+        return wide_attention
+    return FORWARDS.get(type(module))
 
 
 FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer, Upsample2D: upsample}

@@ -6,7 +6,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 
-from sdopt.engine import fused, graphs
+from sdopt.engine import fused, graphs, plain
 from sdopt.engine.once import Once, using
 
 OF_PROMPT = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -91,15 +91,15 @@ class _Entry:
 
 
 def _held(unet):
-    resnets = [m for m in unet.modules() if type(m) is ResnetBlock2D and fused.is_plain_resnet(m)]
+    resnets = [m for m in unet.modules() if type(m) is ResnetBlock2D and plain.resnet(m)]
     blocks = [
         block
         for model in unet.modules()
-        if type(model) is Transformer2DModel and fused.is_plain_transformer(model)
+        if type(model) is Transformer2DModel and plain.transformer(model)
         for block in model.transformer_blocks
     ]
-    layers = [block.attn2 for block in blocks if fused.is_plain_attention(block.attn2)]
-    upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and fused.is_plain_upsample(m)]
+    layers = [block.attn2 for block in blocks if plain.attention(block.attn2)]
+    upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
     return Once(resnets, layers, upsamplers, fused.keys_and_values)
 
 

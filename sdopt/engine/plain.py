@@ -1,0 +1,106 @@
+"""What a block has to be made of, so that `fused` can compute it: what it holds beside that is diffusers' own to know."""
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import nn
+
+
+def is_stock(*modules, kind=None):
+    """Whether the modules, whose weights are read here without calling them, are PyTorch's own and nobody listens."""
+    for module in modules:
+        if kind and type(module) is not kind:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+    return True
+
+
+def resnet(block):
+    """Whether `block` is the residual block that is computed here."""
+    convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
+    return (
+        is_stock(*convolutions, kind=nn.Conv2d)
+        and is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
+        and not block.training
+        and (block.upsample is None and block.downsample is None)
+        # what a VAE calls "group" is a norm without an embedding, as "default" is where there is none
+        and (
+            block.time_embedding_norm == "default"
+            or (block.time_embedding_norm == "group" and block.time_emb_proj is None)
+        )
+        and not block.skip_time_act
+        and type(block.nonlinearity) is nn.SiLU
+        and block.output_scale_factor == 1
+        and all(c.padding_mode == "zeros" and c.groups == 1 and set(c.dilation) == {1} for c in convolutions)
+        and None not in (block.conv1.bias, block.conv2.bias)
+    )
+
+
+def upsample(block):
+    """Whether `block` is the doubling that is computed here."""
+    conv = getattr(block, "conv", None)
+    return (
+        is_stock(conv, kind=nn.Conv2d)
+        and (block.interpolate and block.norm is None)
+        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        and (conv.padding_mode == "zeros" and conv.groups == 1 and set(conv.dilation) == {1})
+        and conv.bias is not None
+    )
+
+
+def transformer(model):
+    """Whether `model` and its blocks are those that are computed here."""
+    ends = (model.proj_in, model.proj_out)
+    return (
+        model.is_input_continuous
+        and not model.training
+        and is_stock(model.norm, kind=nn.GroupNorm)
+        and (model.use_linear_projection or is_stock(*ends, kind=nn.Conv2d))
+        and all(map(transformer_block, model.transformer_blocks))
+    )
+
+
+def transformer_block(block):
+    norms = (block.norm1, block.norm2, block.norm3)
+    return (
+        type(block) is BasicTransformerBlock
+        and is_stock(block)
+        and block.norm_type == "layer_norm"
+        and is_stock(*norms, kind=nn.LayerNorm)
+        and all(n.weight is not None and n.bias is not None for n in norms)
+        and block.pos_embed is None
+        and not block.only_cross_attention
+        and block.attn2 is not None
+        and block._chunk_size is None
+        and not hasattr(block, "fuser")
+        and type(block.ff.net[0]) is GEGLU
+        and is_stock(block.ff, block.ff.net[0])
+        and len(block.ff.net) == 3
+    )
+
+
+def attention(attn):
+    """Whether `attn` is the layer that is computed here: scaled dot products of its own projections, and no more."""
+    return (
+        type(attn) is Attention
+        and is_stock(attn)
+        and type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
+        and all(part is None for part in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
+        and not attn.norm_cross
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+def wide_attention(attn):
+    """Whether `attn` is the layer of a VAE that is computed here."""
+    return (
+        is_stock(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], kind=nn.Linear)
+        and is_stock(attn.group_norm, kind=nn.GroupNorm)
+        and not attn.training
+        and type(attn.processor) is AttnProcessor2_0
+        and (attn.heads, attn.rescale_output_factor, attn.residual_connection) == (1, 1, True)
+        and attn.to_q.out_features == attn.to_v.out_features == attn.to_q.in_features
+        and all(part is None for part in (attn.spatial_norm, attn.norm_q, attn.norm_k))
+    )
