@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -640,3 +641,19 @@ def test_gpu_memory_stays_bounded(on_gpu):
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert max(reserved[15:]) <= 1.05 * max(reserved[3:15]), [r >> 20 for r in reserved]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_a_vae_as_wide_as_stable_diffusions():
+    """Its attention has one head of 512 channels; two pictures at once, at a size whose scores are taken in parts."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(64, 512), latent_channels=4, **blocks).eval().cuda()
+    latents = torch.randn(2, 4, 100, 72, device="cuda")
+    exact = vae.decode(latents).sample
+    vae.bfloat16().to(memory_format=torch.channels_last)
+    off = lambda: ((vae.decode(latents.bfloat16()).sample - exact).square().mean() / exact.square().mean()).sqrt()
+    theirs = off()
+    fused.fuse(vae.decoder)
+    assert off() < 1.1 * theirs

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 
-from sdopt.engine import fused
+from sdopt.engine import fused, plain
 from sdopt.kernels import launch
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
@@ -98,7 +98,8 @@ def test_fused_projections_are_used(unet, kernels):
     assert_same(call(), theirs)
 
 
-def test_a_vae_decodes_the_same(kernels):
+def test_a_vae_decodes_the_same(kernels, monkeypatch):
+    monkeypatch.setattr(plain, "WIDEST", 16)
     torch.manual_seed(0)
     ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(16, 24), norm_num_groups=GROUPS, latent_channels=4, **ends).eval()
@@ -117,6 +118,7 @@ def test_wide_attention_in_parts(kernels, monkeypatch, batch):
     torch.manual_seed(0)
     attn = Attention(24, heads=1, dim_head=24, norm_num_groups=GROUPS, residual_connection=True, bias=True).eval()
     attn.set_processor(AttnProcessor2_0())
+    monkeypatch.setattr(plain, "WIDEST", 23)
     x = torch.randn(batch, 24, 5, 7)
     theirs = attn(x)
     fused.fuse(attn)
@@ -125,9 +127,12 @@ def test_wide_attention_in_parts(kernels, monkeypatch, batch):
         kernels.clear()
         assert_same(attn(x, temb=None), theirs)
         assert kernels == ["group_norm", *["softmax"] * parts]
-    attn.heads = 2
     kernels.clear()
-    assert not torch.equal(attn(x), theirs) and not kernels, "other heads are left to diffusers"
+    monkeypatch.setattr(plain, "WIDEST", 24)
+    assert torch.equal(attn(x), theirs) and not kernels, "a narrow head is left to PyTorch"
+    monkeypatch.setattr(plain, "WIDEST", 23)
+    attn.heads = 2
+    assert not torch.equal(attn(x), theirs) and not kernels, "two heads are left to diffusers"
 
 
 @torch.no_grad()

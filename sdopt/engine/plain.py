@@ -5,6 +5,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
+WIDEST = 256  # channels of a head that fused attention kernels take
+
 
 def is_stock(*modules, kind=None):
     """Whether the modules, whose weights are read here without calling them, are PyTorch's own and nobody listens."""
@@ -94,9 +96,10 @@ def attention(attn):
 
 
 def wide_attention(attn):
-    """Whether `attn` is the layer of a VAE that is computed here."""
+    """Whether `attn` is the layer of a VAE that is computed here; with a narrower head PyTorch's own way is better."""
     return (
-        is_stock(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], kind=nn.Linear)
+        attn.inner_dim > WIDEST
+        and is_stock(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], kind=nn.Linear)
         and is_stock(attn.group_norm, kind=nn.GroupNorm)
         and not attn.training
         and type(attn.processor) is AttnProcessor2_0
