@@ -6,7 +6,7 @@ def test_04_compile(kept):
     assert (seen["model"], seen["kind"], seen["regions"]) == ("pocket", "regional", 11)
     assert 0 < seen["graphs"] <= 3 and seen["breaks"] == 0
     assert 0 < seen["unet_share"] < 1
-    assert min(seen["first_call_s"], seen["median_s"]) > 0  # which is longer, a busy machine with a warm cache decides
+    assert seen["first_call_s"] > seen["median_s"], "the first call did not compile"
     assert not seen["drift"]["exact"], "the pictures are those of the uncompiled pipeline"
     assert seen["drift"]["psnr_db"] > 40, "compiling changed the pictures more than rounding does"
     assert seen["objects"]["value"] > 0.8

@@ -141,7 +141,7 @@ def test_the_stock_modes_are_pytorchs_own_without_a_flag_of_ours(pocket, monkeyp
     assert all(settings.pop("fullgraph") and settings.keys() == {"options"} for _, settings in asked)
     options = [settings["options"] for _, settings in asked]
     assert all(flags == torch._inductor.list_mode_options("reduce-overhead") for flags in options[:2])
-    for flags in options[2:]:  # one worker process: how it searches, not what it may find
+    for flags in options[2:]:
         assert flags == torch._inductor.list_mode_options("max-autotune")
     assert pocket.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
