@@ -4,6 +4,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from tiny import draw
 
+from sdopt import compilation
 from sdopt.compilation import Compiled, channels_last, compile_pipeline, compiled_kind, graphs, start_at_step_zero
 from sdopt.errors import UserError
 from sdopt.guidance import cutoff
@@ -118,6 +119,26 @@ def test_bad_input(sdxl):
     with pytest.raises(UserError, match="unknown compile mode 'fast'"):
         compile_pipeline(sdxl, mode="fast")
     assert compiled_kind(sdxl) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "set_before", "found"),
+    [
+        ("max-autotune", {}, "here"),
+        ("max-autotune", {"TRITON_PTXAS_PATH": "mine"}, "mine"),
+        ("reduce-overhead", {}, None),
+    ],
+)
+def test_a_search_assembles_with_what_its_workers_take(monkeypatch, tmp_path, mode, set_before, found):
+    monkeypatch.setattr(compilation.os, "environ", dict(set_before))
+    monkeypatch.setattr(compilation, "ASSEMBLER", tmp_path / "none")
+    compilation.mode_options(mode)
+    assert compilation.os.environ == set_before, "PyTorch for a CPU brings no assembler"
+    (tmp_path / "here").touch()
+    monkeypatch.setattr(compilation, "ASSEMBLER", tmp_path / "here")
+    assert compilation.mode_options(mode) == torch._inductor.list_mode_options(mode)
+    wanted = str(tmp_path / "here") if found == "here" else found
+    assert compilation.os.environ.get("TRITON_PTXAS_PATH") == wanted
 
 
 @pytest.mark.gpu

@@ -122,7 +122,7 @@ def test_upsample_conv(device, dtype, shape, outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 1)])
+@pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 1), ()])
 def test_softmax(device, dtype, shape):
     """Scores far apart, and over all of them far from zero."""
     scores = 30 * random(shape, torch.float32, device) - 1000

@@ -34,8 +34,8 @@ def fuse(model: nn.Module) -> int:
     alone. Twice is once.
     """
     for module in list(model.modules()):
-        if _forward_for(module) and "forward" not in vars(module):
-            module.forward = MethodType(_forward_for(module), module)
+        if (forward := _forward_for(module)) and "forward" not in vars(module):
+            module.forward = MethodType(forward, module)
         _End.fuse(getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None))
     return sum(is_fused(m) for m in model.modules())
 
@@ -95,13 +95,10 @@ def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
     x = hidden_states.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    tokens = _normed(model.norm, x, activation=False).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-    h, pending = _projected(model.proj_in, tokens), None
+    h, pending = _projected(model.proj_in, _tokens(model.norm, x)), None
     for block in model.transformer_blocks:
         h, pending = _transformer_block(block, h, pending, encoder_hidden_states)
-    h = _projected(model.proj_out, h + pending)
-    out = h.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + x
+    out = _added_to(x, _projected(model.proj_out, h + pending))
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
@@ -114,13 +111,12 @@ def wide_attention(attn, x, encoder_hidden_states=None, attention_mask=None, **k
     if any(value is not None for value in asked) or not plain.wide_attention(attn) or not (x.ndim == 4 and _suits(x)):
         return type(attn).forward(attn, x, encoder_hidden_states, attention_mask, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = x.shape
-    tokens = _normed(attn.group_norm, x, activation=False).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    tokens = _tokens(attn.group_norm, x)
+    batch, positions, channels = tokens.shape
     q, k, v = attn.to_q(tokens), attn.to_k(tokens).transpose(1, 2), attn.to_v(tokens)
-    rows = max(1, SCORES // (batch * height * width))
+    rows = max(1, SCORES // (batch * positions))
     weights = (softmax(_exact_product(some, k), channels**-0.5, x.dtype) for some in q.split(rows, 1))
-    seen = attn.to_out[0](torch.cat([w @ v for w in weights], 1))
-    return seen.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + x
+    return _added_to(x, attn.to_out[0](torch.cat([w @ v for w in weights], 1)))
 
 
 def _exact_product(a, b):
@@ -197,6 +193,16 @@ class _End:
 
 def _normed(norm, x, activation=True, shift=None):
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation)
+
+
+def _tokens(norm, x):
+    """An image's positions, normalised, one after the other: [batch, positions, channels]."""
+    return _normed(norm, x, activation=False).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _added_to(x, tokens):
+    """The image `x` and what its positions became."""
+    return tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x
 
 
 def _added(x, residual, norm):

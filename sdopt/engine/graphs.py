@@ -11,6 +11,7 @@ from functools import update_wrapper
 from weakref import WeakSet
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from sdopt.engine import state
 
@@ -121,6 +122,19 @@ class Captured:
             self.entries[key] = make()
         return self.entries[key]
 
+    def of_one(self, tensor, **asked):
+        """What the module's own forward returns for one tensor and the settings `asked`, by a graph, in tensors of its own."""
+
+        def make():
+            input = place(tensor, tensor.device)
+            return input, *capture(lambda: type(self.module).forward(self.module, input, **asked), self.memory)
+
+        key = (shapes({"input": tensor}), *sorted(asked.items()))
+        input, replay, output = self.entry(key, make)
+        input.copy_(tensor)
+        replay()
+        return tree_map_only(torch.Tensor, torch.clone, output)
+
     def eagerly(self, reason, *args, **kwargs):
         """The module's own forward; says once why."""
         if reason not in self.said:
@@ -145,11 +159,4 @@ class Decoder(Captured):
             )
         if reason:
             return self.eagerly(reason, sample, *args, **kwargs)
-        places, replay, output = self.entry(shapes({"sample": sample}), lambda: self._make(sample))
-        places["sample"].copy_(sample)
-        replay()
-        return output.clone()
-
-    def _make(self, sample):
-        places = {"sample": place(sample, sample.device)}
-        return places, *capture(lambda: type(self.module).forward(self.module, places["sample"]), self.memory)
+        return self.of_one(sample)

@@ -30,7 +30,10 @@ class Once:
 
     @torch.no_grad()
     def gather(self):
-        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty. Fold others."""
+        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty.
+
+        And fold the upsamplers'.
+        """
         weights = [block.time_emb_proj.weight for block in self.resnets]
         biases = [block.time_emb_proj.bias + block.conv1.bias for block in self.resnets]
         if self.resnets and self.weight is None:

@@ -18,11 +18,20 @@ def is_stock(*modules, kind=None):
     return True
 
 
+def convolution(conv):
+    """Whether `conv` is a convolution of which weight, stride and padding say all."""
+    return (
+        is_stock(conv, kind=nn.Conv2d)
+        and (conv.padding_mode == "zeros" and conv.groups == 1)
+        and set(conv.dilation) == {1}
+    )
+
+
 def resnet(block):
     """Whether `block` is the residual block that is computed here."""
     convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
     return (
-        is_stock(*convolutions, kind=nn.Conv2d)
+        all(map(convolution, convolutions))
         and is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
         and not block.training
         and (block.upsample is None and block.downsample is None)
@@ -34,7 +43,6 @@ def resnet(block):
         and not block.skip_time_act
         and type(block.nonlinearity) is nn.SiLU
         and block.output_scale_factor == 1
-        and all(c.padding_mode == "zeros" and c.groups == 1 and set(c.dilation) == {1} for c in convolutions)
         and None not in (block.conv1.bias, block.conv2.bias)
     )
 
@@ -43,10 +51,9 @@ def upsample(block):
     """Whether `block` is the doubling that is computed here."""
     conv = getattr(block, "conv", None)
     return (
-        is_stock(conv, kind=nn.Conv2d)
+        convolution(conv)
         and (block.interpolate and block.norm is None)
         and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
-        and (conv.padding_mode == "zeros" and conv.groups == 1 and set(conv.dilation) == {1})
         and conv.bias is not None
     )
 

@@ -1,7 +1,5 @@
 """A text encoder's calls by CUDA graphs: some hundred small kernels, which take longer to launch than to run."""
 
-from torch import Tensor, clone
-from torch.utils._pytree import tree_map_only
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdopt.engine import graphs
@@ -23,13 +21,4 @@ class TextEncoder(graphs.Captured):
             reason = f"it was called with {', '.join(unknown) or 'no tokens'}"
         if reason:
             return self.eagerly(reason, input_ids, **kwargs)
-        key = (graphs.shapes({"input_ids": input_ids}), tuple(sorted(asked.items())))
-        place, replay, output = self.entry(key, lambda: self._make(input_ids, asked))
-        place.copy_(input_ids)
-        replay()
-        return tree_map_only(Tensor, clone, output)
-
-    def _make(self, input_ids, asked):
-        place = graphs.place(input_ids, input_ids.device)
-        call = lambda: type(self.module).forward(self.module, place, **asked)
-        return place, *graphs.capture(call, self.memory)
+        return self.of_one(input_ids, **asked)

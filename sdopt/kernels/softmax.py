@@ -24,7 +24,7 @@ def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
     launch.check(NAME, scores)
     launch.check_shape(NAME, "the input", scores, tuple(scores.shape))
     out = torch.empty_like(scores, dtype=dtype)
-    length = scores.shape[-1] if scores.ndim else 0
+    length = scores.shape[-1] if scores.ndim else 1
     if scores.numel():
         wide = min(WIDE, triton.next_power_of_2(length))
         _softmax[(scores.numel() // length,)](scores, out, length, scale, wide, num_warps=8)
