@@ -1,4 +1,4 @@
-"""Where time goes, from a result file: the stages of each row's picture, and the kernels of its UNet calls."""
+"""Where time goes: the stages of each row's picture, the kernels of its UNet calls, who waits for whom at a few launches."""
 
 from matplotlib.patches import Patch
 
@@ -9,6 +9,7 @@ from sdopt.pathfigures import set_apart, sources
 KERNELS = {"matrix product": "#0072B2", "convolution": "#56B4E9", "attention": "#E69F00", "other": "#BBBBBB"}
 SHOWN = {"matrix product": "matrix products", "convolution": "convolutions"}
 DARK = ("#009E73", "#0072B2")  # white is read on these, ink on the others
+LANES = {"CPU": ("launches", "#E69F00"), "GPU": ("runs", "#0072B2")}
 SEEN = 4.5  # the least share of a bar, in percent, that has room for its number
 
 
@@ -54,6 +55,52 @@ def kernels_figure(result_path, pictures, target):
     )
     figures.title(figure, "What the GPU does in a UNet call", result)
     figures.save(figure, target, sources(result_path, pictures))
+
+
+def queue(launches, kernels):
+    """When a GPU runs the kernels that a CPU launches one after the other: [(start, end)], in the unit of the two lists.
+
+    A kernel starts when it has been launched and the one before it has ended. Introduced in notebooks/12_cuda_graphs.
+    """
+    spans, launched, free = [], 0.0, 0.0
+    for launch, kernel in zip(launches, kernels, strict=True):
+        launched += launch
+        start = max(launched, free)
+        free = start + kernel
+        spans.append((start, free))
+    return spans
+
+
+def lanes(cases):
+    """Who works when, for a notebook: `cases` {name: (seconds of each launch, seconds of each kernel)}, by `queue`.
+
+    A lane for the CPU and one for the GPU each, and what share of the time the GPU is busy. Introduced in
+    notebooks/12_cuda_graphs.
+    """
+    figure = figures.Plot(figsize=(9, 1.2 + 0.7 * len(cases)))
+    axes, names = figure.subplots(), []
+    for name, (launches, kernels) in cases.items():
+        ends, launched = queue(launches, kernels), 0.0
+        for launch in launches:
+            _span(axes, len(names), launched, launched + launch, LANES["CPU"][1])
+            launched += launch
+        for start, end in ends:
+            _span(axes, len(names) + 1, start, end, LANES["GPU"][1])
+        last = ends[-1][1]
+        words = f" {1e6 * last:.1f} us, the GPU busy {sum(kernels) / last:.0%} of them"
+        axes.text(1e6 * last, len(names) + 1, words, va="center", fontsize=9, color=INK)
+        names += [f"{name}: {lane}" for lane in LANES]
+    figures.rows_down(axes, names)
+    axes.set_xlim(0, 1.45e6 * max(queue(*case)[-1][1] for case in cases.values()))
+    axes.set_xlabel("microseconds", color=QUIET)
+    handles = [Patch(color=colour, label=f"the {lane} {does}") for lane, (does, colour) in LANES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _span(axes, y, start, end, colour):
+    if end > start:  # a graph launches its second kernel in no time
+        axes.barh(y, 1e6 * (end - start), left=1e6 * start, height=0.62, color=colour, edgecolor="white", linewidth=0.8)
 
 
 def _drawn(lines, parts, last):

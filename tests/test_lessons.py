@@ -102,3 +102,18 @@ def test_what_the_notebooks_say_of_the_recorded_kernels_is_in_the_file():
     ]  # 05: much for small products
     assert gain[0] > 2 and max(gain[1:]) < 1.2
     assert found["clock"]["asked_s"] < 0.01 * found["clock"]["done_s"]  # 00
+
+
+def test_what_notebook_12_says_of_recorded_waits_is_in_the_files():
+    found = results.read_json(RECORDED / "kernels.json")["metrics"]["projections"]
+    launched = [p["launched_s"]["three"] for p in found]  # the same time whatever the size: the CPU's
+    assert max(launched) < 1.05 * min(launched) and max(launched) > 6 * found[0]["kernels_s"]["three"]
+    rows = {row["id"]: row for row in results.read(RECORDED / "sd15-path.json")["rows"]}
+    waits = {}
+    for name in ("sdpa", "compile"):
+        (call,), stages = rows[name]["unet_kernels"], rows[name]["stages_ms"]
+        waits[name] = stages["unet"] - stages["unet_calls"] * sum(call["ms"].values())
+    assert waits["sdpa"] > 0.5 * rows["sdpa"]["stages_ms"]["unet"], "launch-bound"
+    assert waits["compile"] < 0.1 * rows["compile"]["stages_ms"]["unet"], "almost no waiting is left"
+    picture, compiled = (1e3 * rows[name]["latency_s"]["median"] for name in waits)
+    assert picture / compiled > picture / (picture - waits["sdpa"]), "the compiler gained more than the bound"

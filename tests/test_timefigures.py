@@ -63,3 +63,20 @@ def test_a_result_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError):
         timefigures.kernels_figure(tmp_path / "x.json", tmp_path, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_kernel_waits_for_its_launch_and_for_the_one_before():
+    assert timefigures.queue([2, 2, 2], [1, 5, 1]) == [(2, 3), (4, 9), (9, 10)]
+    assert timefigures.queue([2, 0, 0], [1, 5, 1]) == [(2, 3), (3, 8), (8, 9)], "a graph leaves no gaps"
+
+
+def test_lanes_show_who_works_when_and_how_busy_the_gpu_is():
+    plot = timefigures.lanes({"apart": ([3e-6] * 2, [1e-6] * 2), "graph": ([3e-6, 0], [1e-6] * 2)})
+    (axes,) = plot.axes
+    assert names(axes) == ["apart: CPU", "apart: GPU", "graph: CPU", "graph: GPU"]
+    spans = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert spans == [pytest.approx(s) for s in [(0, 3), (3, 3), (3, 1), (6, 1), (0, 3), (3, 1), (4, 1)]]
+    assert words(axes) == [" 7.0 us, the GPU busy 29% of them", " 5.0 us, the GPU busy 40% of them"]
+    axes.figure.draw_without_rendering()
+    for text in axes.texts:
+        assert text.get_window_extent().x1 <= axes.bbox.x1

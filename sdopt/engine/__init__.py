@@ -28,6 +28,7 @@ def prepare(pipe, keep: int = GRAPHS):
     engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, or another model than this.
+    Introduced in notebooks/12_cuda_graphs.
     """
     if MISSING:
         raise UserError(f"the engine needs a CUDA GPU, and PyTorch's package for it: {MISSING} is not installed")
@@ -64,7 +65,7 @@ def prepare(pipe, keep: int = GRAPHS):
 def restore(pipe):
     """Undo `prepare`: diffusers' own forwards, the weights in the memory layout they had; returns `pipe`. Twice is once.
 
-    Raises UserError where offloading was put over the engine.
+    Raises UserError where offloading was put over the engine. Introduced in notebooks/12_cuda_graphs.
     """
     if not is_prepared(pipe):
         if not MISSING and isinstance(getattr(pipe.unet, "_old_forward", None), unet.UNet):  # accelerate keeps it there

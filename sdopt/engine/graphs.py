@@ -42,7 +42,7 @@ def capture(call, memory: Memory):
     What is returned lies in the pool, at the same place each time, where another graph of the pool may write: copy it
     before the next replay of any. What `call` reads has to be kept alive by the caller. `call` runs once before, for
     whatever is set up at a first call (kernels compiled, algorithms tried); on the same stream, since cuBLAS keeps some
-    32 MiB for every stream it has seen.
+    32 MiB for every stream it has seen. Introduced in notebooks/12_cuda_graphs.
     """
     memory.stream = memory.stream or torch.cuda.Stream()
     memory.stream.wait_stream(torch.cuda.current_stream())
@@ -58,7 +58,10 @@ def capture(call, memory: Memory):
 
 
 def waits(call):
-    """Why `call()` cannot be captured, if the CPU waits for the GPU in it, or None."""
+    """Why `call()` cannot be captured, if the CPU waits for the GPU in it, or None.
+
+    Introduced in notebooks/12_cuda_graphs.
+    """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -84,12 +87,18 @@ def put(places, tensors):
 
 
 def shapes(tensors):
-    """What one graph is for: a key that two dicts of tensors share if one graph can serve both."""
+    """What one graph is for: a key that two dicts of tensors share if one graph can serve both.
+
+    Introduced in notebooks/12_cuda_graphs.
+    """
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
 
 
 class Captured:
-    """A module's `forward` by graphs: what `Decoder` and `unet.UNet` share. `memory`: what all their graphs share."""
+    """A module's `forward` by graphs: what `Decoder` and `unet.UNet` share. `memory`: what all their graphs share.
+
+    Introduced in notebooks/12_cuda_graphs.
+    """
 
     def __init__(self, module, memory, limit):
         self.module, self.memory, self.limit = module, memory, limit

@@ -17,7 +17,10 @@ _now = None
 
 
 class Once:
-    """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`."""
+    """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`.
+
+    `keys_and_values(layer, text)` is how a layer's are made. Introduced in notebooks/12_cuda_graphs.
+    """
 
     def __init__(self, resnets, layers, upsamplers, keys_and_values):
         self.layers, self._keys_and_values = layers, keys_and_values
@@ -58,7 +61,10 @@ class Once:
 
 @contextmanager
 def using(held, of_prompt):
-    """Within one step the blocks take `of_prompt`, what `held.read_prompt` returned, and the time projections of `held`."""
+    """Within one step the blocks take `of_prompt`, what `held.read_prompt` returned, and the time projections of `held`.
+
+    Introduced in notebooks/12_cuda_graphs.
+    """
     global _now
     before, _now = _now, (held, of_prompt)
     try:

@@ -13,7 +13,7 @@ FREEU = ("s1", "s2", "b1", "b2")
 def fingerprint(module: torch.nn.Module) -> tuple:
     """Equal for two moments if a graph captured at the first is right at the second: weights in their places, layers as set.
 
-    Not the weights' values: a graph reads them anew.
+    Not the weights' values: a graph reads them anew. Introduced in notebooks/12_cuda_graphs.
     """
     found, left = [module.training], [module]
     while left:  # once a picture through thousands of modules: their dicts, without the detour of getattr
@@ -48,7 +48,7 @@ def _hooks(part):
 
 
 def why_not(module: torch.nn.Module) -> str | None:
-    """Why `module` has to run eagerly, in a few words, or None."""
+    """Why `module` has to run eagerly, in a few words, or None. Introduced in notebooks/12_cuda_graphs."""
     if module.training:
         return "it is in training mode"
     if getattr(module, "encoder_hid_proj", None) is not None:
