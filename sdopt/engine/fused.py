@@ -31,7 +31,7 @@ def fuse(model: nn.Module) -> int:
     """Compute the blocks of `model` (a UNet, a ControlNet, a VAE) with the fused kernels; returns how many there are.
 
     Its weights stay where they are; `release` undoes it. Blocks whose `forward` somebody has replaced already are left
-    alone. Twice is once.
+    alone. Twice is once. Introduced in notebooks/11_fused_kernels.
     """
     for module in list(model.modules()):
         if (forward := _forward_for(module)) and "forward" not in vars(module):

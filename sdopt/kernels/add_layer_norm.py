@@ -25,7 +25,8 @@ def add_layer_norm(
 
     `x`, `residual`: [..., channels], contiguous, float32, float16 or bfloat16; `weight`, `bias`: [channels]. The sum is
     rounded to the dtype of `x` before it is normalised, as two operations would; statistics in float32.
-    Raises UserError for other shapes, layouts or dtypes. Source: https://arxiv.org/abs/1607.06450.
+    Raises UserError for other shapes, layouts or dtypes. Source: https://arxiv.org/abs/1607.06450. Introduced in
+    notebooks/11_fused_kernels.
     """
     launch.check(NAME, x, residual=residual, weight=weight, bias=bias)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))

@@ -19,6 +19,7 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -
     """`x`, `residual`: [batch, channels, height, width], channels_last, of one dtype; `bias`: [channels].
 
     float32, float16 or bfloat16 in and out, added in float32. Raises UserError for other shapes, layouts or dtypes.
+    Introduced in notebooks/11_fused_kernels.
     """
     for image in (x, residual):
         launch.check_image(NAME, image)

@@ -21,6 +21,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     """`x`: [..., 2n], contiguous, float32, float16 or bfloat16; returns [..., n] of the same dtype, computed in float32.
 
     Raises UserError for an odd last dimension, another layout or another dtype. Source: https://arxiv.org/abs/2002.05202.
+    Introduced in notebooks/11_fused_kernels.
     """
     launch.check(NAME, x)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))

@@ -47,7 +47,7 @@ def group_norm(
     `shift`: [channels] or [batch, channels], added to `x` first; its rows may be parts of longer ones. Sums in float32;
     the result has the dtype of `x`.
     Raises UserError for other shapes, layouts, dtypes, or a number of groups that does not divide the channels.
-    Source: https://arxiv.org/abs/1803.08494.
+    Source: https://arxiv.org/abs/1803.08494. Introduced in notebooks/11_fused_kernels.
     """
     launch.check_image(NAME, x)
     launch.check(NAME, x, weight=weight, bias=bias, shift=shift)

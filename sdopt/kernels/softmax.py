@@ -20,6 +20,7 @@ def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
     """`scores`: [..., length], contiguous, in float32, float16 or bfloat16; returns the weights in `dtype`.
 
     Computed in float32. Raises UserError for other layouts or dtypes. Source: https://arxiv.org/abs/1805.02867.
+    Introduced in notebooks/11_fused_kernels.
     """
     launch.check(NAME, scores)
     launch.check_shape(NAME, "the input", scores, tuple(scores.shape))

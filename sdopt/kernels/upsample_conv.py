@@ -28,7 +28,8 @@ def upsample_conv(
     """`x`: [batch, inputs, height, width], channels_last; `weight`: [outputs, inputs, 3, 3]; `bias`: [outputs].
 
     float32, float16 or bfloat16; returns [batch, outputs, 2 height, 2 width], channels_last. `quarters`: what
-    `folded(weight)` returned, for who keeps it. Raises UserError for other shapes, layouts or dtypes.
+    `folded(weight)` returned, for who keeps it. Raises UserError for other shapes, layouts or dtypes. Introduced in
+    notebooks/11_fused_kernels.
     """
     launch.check_image(NAME, x)
     launch.check(NAME, x, weight=weight, bias=bias)
