@@ -55,7 +55,7 @@ def _duration(seconds):
 
 
 def add(out, root=None):
-    """Copy the studies that were measured into `out`, with their pictures, to figures/data/<machine>.
+    """Copy the studies that were measured into `out`, with their pictures and searches, to figures/data/<machine>.
 
     Returns their names. Pictures of an older measurement go. Raises UserError when `out` holds no study.
     """
@@ -72,6 +72,8 @@ def add(out, root=None):
             if old.name not in [picture.name for picture in pictures]:
                 old.unlink()
         results.write(target.with_suffix(".json"), result)
+        for searched in (Path(out) / "cache").glob(f"{result['settings']['model']}{results.SEARCHES}"):
+            results.write_whole(target.with_name(searched.name), searched.read_bytes())
     return ", ".join(path.name for path in found)
 
 

@@ -19,6 +19,7 @@ SETTINGS = (
     *("model", "weights", "height", "width", "steps", "guidance_scale"),
     *("batch", "scheduler", "seed", "prompt", "runs"),
 )
+SEARCHES = "-searches.json.xz"  # how the files that bench/searches.py writes end
 STAGES = ("text_encoder", "unet", "unet_calls", "scheduler", "vae")
 
 

@@ -131,9 +131,14 @@ def _first_calls(rows):
         return []
     found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
     some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
+    taken_up = [
+        f"{i} {figures.seconds(c['before_s'])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get("before_s")
+    ]
+    before = "first call, seconds of an earlier process whose search was taken up, which are counted in: "
     return [
         "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
-        f"another process, which finds it there{some}"
+        f"another process, which finds it there{some}",
+        *([before + ", ".join(taken_up)] if taken_up else []),
     ]
 
 

@@ -17,6 +17,7 @@ PRELOAD = ["sdopt.bench.row"]
 # The phases after all that is timed: from there on another process disturbs nothing.
 PROFILING, KEEPING = "a look at its kernels", "keeping what was compiled"
 GRACE_S = 20.0  # for a process that has answered to put its things away
+LOOK_S = 30.0  # between looks at what a call that takes long has left behind
 
 
 class RowFailed(Exception):
@@ -50,16 +51,22 @@ class Worker:
         self._process.start()
         there.close()
 
-    def call(self, function, *arguments, on_phase=lambda phase: None, limit_s=3600.0):
+    def call(
+        self, function, *arguments, on_phase=lambda phase: None, meanwhile=lambda: None, limit_s=3600.0
+    ):
         """`function(state, tell, *arguments)` in the process; returns what it returns.
 
-        `tell(phase)` in the process calls `on_phase(phase)` here. Raises RowFailed when it raises, dies or takes longer
-        than `limit_s` seconds, and UserError when it raises one. A process that died or was stopped answers no more.
+        `tell(phase)` in the process calls `on_phase(phase)` here, and `meanwhile()` is called here every LOOK_S seconds
+        without news. Raises RowFailed when it raises, dies or takes longer than `limit_s` seconds, and UserError when it
+        raises one. A process that died or was stopped answers no more.
         """
         deadline = time.monotonic() + limit_s
         try:
             self._here.send((function, arguments))
-            while self._here.poll(max(0.0, deadline - time.monotonic())):
+            while (left := deadline - time.monotonic()) > 0:
+                if not self._here.poll(min(left, LOOK_S)):
+                    meanwhile()
+                    continue
                 kind, value = self._here.recv()
                 if kind == "phase":
                     on_phase(value)

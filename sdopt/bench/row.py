@@ -17,6 +17,7 @@ from sdopt.bench import sensors
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
+FIRST_CALL = "first call"
 SPARE = 1 / 8  # of a GPU's memory: with less of it free, workers that stay beside each other give back what they can
 
 
@@ -31,6 +32,7 @@ class Recipe:
     apply: Callable | None = None  # a function of the pipeline, in bench/recipes.py
     settings: dict = field(default_factory=dict)  # what the row says beside what it was drawn with
     compiled: bool = False  # by `apply`, that is
+    searches: bool = False  # and for minutes, for the fastest kernels
 
     @property
     def compiles(self):
@@ -92,7 +94,7 @@ def first_call(state, tell, job):
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
     took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
-    tell(f"first call{', which compiles' * drawing.is_compiled(pipe)}")
+    tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
     seconds = timing.seconds_of(state["draw"], job.device)
     tell(KEEPING)
     _keep_artifacts(job)

@@ -151,10 +151,24 @@ PEERS = [
     Recipe("eager_fp16", "fp16, eager", EAGER, {"dtype": torch.float16}),
     Recipe("eager_bf16", "bf16, eager", EAGER),
     *(
-        Recipe(i, f"bf16, torch.compile, {mode}", EAGER, apply=recipes.stock_compile(mode), compiled=True)
-        for i, mode in (("compile_reduce_overhead", "reduce-overhead"), ("compile_max_autotune", "max-autotune"))
+        Recipe(
+            f"compile_{mode.replace('-', '_')}",
+            f"bf16, torch.compile, {mode}",
+            EAGER,
+            apply=recipes.stock_compile(mode),
+            compiled=True,
+            searches=mode == "max-autotune",
+        )
+        for mode in ("reduce-overhead", "max-autotune")
     ),
-    Recipe("tutorial_recipe", "diffusers' tutorial, the whole recipe", EAGER, apply=recipes.tutorial, compiled=True),
+    Recipe(
+        "tutorial_recipe",
+        "diffusers' tutorial, the whole recipe",
+        EAGER,
+        apply=recipes.tutorial,
+        compiled=True,
+        searches=True,
+    ),
     *(
         Recipe(f"sdpa_{backend}", f"bf16, eager, SDPA by {backend}", EAGER, {"attention": backend})
         for backend in ("math", "efficient", "flash", "cudnn")

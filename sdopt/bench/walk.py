@@ -1,6 +1,7 @@
 """A path study: the steps in taught order, each row in a fresh process, judged by speed, memory and picture."""
 
 import io
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from sdopt import compilation, path, results
-from sdopt.bench import notes, process
+from sdopt.bench import notes, process, searches
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
-from sdopt.bench.row import Job, Recipe, first_call, measure
+from sdopt.bench.row import FIRST_CALL, Job, Recipe, first_call, measure
 from sdopt.pathfigures import PICTURED
 
 LIMIT_S = 3600.0
@@ -82,10 +83,27 @@ def job_of(recipe, shared, judge, device, cache=None):
 
 
 def cold(fresh, job, tell, limit_s):
-    """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled."""
-    first = fresh.call(first_call, job, on_phase=tell, limit_s=limit_s)
-    compiled = first["graphs"]["compiled"]
-    return {"cold_s": first["first_call_s"] if compiled else None} | first["graphs"]
+    """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
+
+    Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its.
+    """
+    known, began = searches.begin(job), []
+
+    def told(phase):
+        if phase.startswith(FIRST_CALL):
+            began.append(time.monotonic())
+        tell(phase)
+
+    def note():
+        if began:
+            searches.keep(job, known["spent_s"] + time.monotonic() - began[0])
+
+    first = fresh.call(first_call, job, on_phase=told, meanwhile=note, limit_s=limit_s)
+    before, own = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0
+    seconds = before if known["finished"] else before + own
+    if own:
+        searches.keep(job, seconds, finished=True)
+    return {"cold_s": seconds or None} | first["graphs"] | ({"before_s": before} if before else {})
 
 
 def timed(row, numbers, job):

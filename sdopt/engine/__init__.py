@@ -27,7 +27,8 @@ def prepare(pipe, keep: int = GRAPHS):
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
     engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
-    Raises UserError without a GPU, for a compiled pipeline, one whose models offload, or another model than this.
+    Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, or `keep`
+    below 1.
     Introduced in notebooks/12_cuda_graphs.
     """
     if MISSING:
@@ -35,6 +36,8 @@ def prepare(pipe, keep: int = GRAPHS):
     denoiser, decoder = getattr(pipe, "unet", None), getattr(getattr(pipe, "vae", None), "decoder", None)
     if type(denoiser) is not UNet2DConditionModel or decoder is None:
         raise UserError(f"{type(pipe).__name__} has no UNet2DConditionModel and VAE that the engine could run")
+    if keep < 1:
+        raise UserError(f"keep={keep} leaves no room for a graph: give 2 or more, since a cutoff changes the batch")
     if is_prepared(pipe):
         return pipe
     if not graphs.can_capture(denoiser):

@@ -63,7 +63,9 @@ def waits(call):
     Introduced in notebooks/12_cuda_graphs.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # it says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError as error:

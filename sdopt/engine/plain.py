@@ -44,6 +44,7 @@ def resnet(block):
         and type(block.nonlinearity) is nn.SiLU
         and block.output_scale_factor == 1
         and None not in (block.conv1.bias, block.conv2.bias)
+        and (block.time_emb_proj is None or block.time_emb_proj.bias is not None)
     )
 
 

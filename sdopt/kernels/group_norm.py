@@ -108,7 +108,7 @@ def _moments(
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     real = channel < channels
     start = x + batch.to(tl.int64) * rows * channels
-    top = part * TALL * TURNS
+    top = part.to(tl.int64) * TALL * TURNS  # an image of many pixels has more numbers than 32 bits can count
     first = tl.load(start + top * channels + channel, real, 0.0).to(tl.float32)
     total = tl.zeros([TALL, WIDE], tl.float32)
     squared = tl.zeros([TALL, WIDE], tl.float32)
@@ -163,7 +163,7 @@ def _fold(
 
 @triton.jit
 def _apply(x, out, scales, offsets, rows, channels, TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr):
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     strip, batch = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     position, channel = tile * TALL + tl.arange(0, TALL), strip * WIDE + tl.arange(0, WIDE)
     real = channel < channels

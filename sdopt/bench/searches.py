@@ -1,0 +1,72 @@
+"""What a compiler's search found, in one small file, and how long it took: a search that was stopped goes on.
+
+In max-autotune Inductor times every kernel it knows for each product and convolution, and by coordinate descent it tries
+neighbouring tile sizes of each kernel that it writes, one after the other: twenty minutes and more for a UNet. What comes of
+it is a few numbers a kernel, which lie in Inductor's cache among gigabytes of compiled candidates. They are gathered into
+OUT/cache/<model>-searches.json.xz while a row compiles, and put back before it does, on another machine of the same kind and
+versions, too. The seconds that were spent before are counted in: a first call stays as cold as it was.
+The file holds numbers, and no code.
+"""
+
+import json
+import lzma
+import re
+
+from sdopt import results
+from sdopt.errors import UserError
+
+NOTHING = {"spent_s": 0.0, "finished": False}
+# In Inductor's cache: tile sizes by kernel, and times of kernels by product and convolution.
+FINDS = re.compile(r"\w+/\w+\.best_config|cache/\w+")
+
+
+def begin(job) -> dict:
+    """{"spent_s", "finished"} of the row's compilation so far; what its searches found is put where Inductor looks for it.
+
+    Raises UserError for a damaged file.
+    """
+    kept = _read(job)
+    for name, find in kept["finds"].items():
+        if FINDS.fullmatch(name) and not (target := job.cache / "inductor" / name).exists():
+            results.write_whole(target, json.dumps(find).encode())
+    return kept["rows"].get(job.recipe.id, NOTHING)
+
+
+def keep(job, spent_s: float, finished: bool = False) -> None:
+    """Gather what was found so far, and note how long the row has been compiling.
+
+    Of a row that has finished and found nothing there is nothing to say: it can be compiled anew at any time.
+    """
+    kept = _read(job)
+    kept["finds"] |= _finds(job.cache / "inductor")
+    kept["rows"][job.recipe.id] = {"spent_s": spent_s, "finished": finished}
+    if finished and not job.recipe.searches:
+        del kept["rows"][job.recipe.id]
+    results.write_whole(_path(job), lzma.compress(json.dumps(kept, indent=1, sort_keys=True).encode()))
+
+
+def _path(job):
+    return job.cache / f"{job.model}{results.SEARCHES}"
+
+
+def _read(job):
+    path = _path(job)
+    if not path.exists():
+        return {"rows": {}, "finds": {}}
+    try:
+        return json.loads(lzma.decompress(path.read_bytes()))
+    except (lzma.LZMAError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged: delete it, and what it held is searched for anew") from error
+
+
+def _finds(inductor):
+    """The searches' results in Inductor's cache, {name: content}: not what it chose from the few it always tries."""
+    found = {}
+    for path in (*inductor.glob("*/*.best_config"), *inductor.glob("cache/*")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):  # not a result, or being written in this moment
+            continue
+        if path.parent.name == "cache" or content.get("found_by_coordesc"):
+            found[path.relative_to(inductor).as_posix()] = content
+    return found

@@ -1,0 +1,134 @@
+import json
+import lzma
+import time
+from types import SimpleNamespace
+
+import pytest
+from made_up import peers_result, result
+
+from sdopt import report, results, tables
+from sdopt.bench import process, searches, walk
+from sdopt.bench.row import Recipe
+from sdopt.errors import UserError
+
+SEARCHING = Recipe("compile_max_autotune", "search", (), compiled=True, searches=True)
+PLAIN = Recipe("compile_reduce_overhead", "no search", (), compiled=True)
+TUNED = {"XBLOCK": 4, "num_warps": 16, "found_by_coordesc": True}
+
+
+def job(folder, recipe=SEARCHING):
+    return SimpleNamespace(model="sd15", cache=folder / "cache", recipe=recipe)
+
+
+def inductor_with(folder, **files):
+    for name, content in files.items():
+        path = folder / "cache" / "inductor" / name.replace("__", "/").replace("_config", ".best_config")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def test_finds_go_from_one_cache_to_another_and_nothing_else_does(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    inductor_with(
+        here, ab__kernel_config=TUNED, ab__chosen_config={"XBLOCK": 8}, ab__half_config='{"XBL', cache__9f={"mm": {}}
+    )
+    inductor_with(here, ab__kernel={"cubin": 1}, triton__kernel={"name": "k"})
+    searches.keep(job(here), 100.0)
+    (there / "cache").mkdir(parents=True)
+    name = f"sd15{results.SEARCHES}"
+    (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
+    assert searches.begin(job(there)) == {"spent_s": 100.0, "finished": False}
+    inductor = there / "cache" / "inductor"
+    found = {path.relative_to(inductor).as_posix(): json.loads(path.read_text()) for path in inductor.glob("*/*")}
+    assert found == {"ab/kernel.best_config": TUNED, "cache/9f": {"mm": {}}}
+    assert searches.begin(job(there, PLAIN)) == searches.NOTHING
+
+
+def test_a_cache_keeps_what_it_has_found_itself(tmp_path):
+    inductor_with(tmp_path, ab__kernel_config=TUNED)
+    searches.keep(job(tmp_path), 1.0)
+    inductor_with(tmp_path, ab__kernel_config=TUNED | {"XBLOCK": 32})
+    searches.begin(job(tmp_path))
+    own = tmp_path / "cache" / "inductor" / "ab" / "kernel.best_config"
+    assert json.loads(own.read_text())["XBLOCK"] == 32
+    searches.keep(job(tmp_path), 2.0, finished=True)
+    own.unlink()
+    assert searches.begin(job(tmp_path)) == {"spent_s": 2.0, "finished": True}
+    assert json.loads(own.read_text())["XBLOCK"] == 32, "the newer find has replaced the older"
+
+
+def test_a_row_without_a_search_leaves_no_seconds_behind(tmp_path):
+    searches.keep(job(tmp_path, PLAIN), 20.0)
+    assert searches.begin(job(tmp_path, PLAIN))["spent_s"] == 20.0
+    searches.keep(job(tmp_path, PLAIN), 75.0, finished=True)
+    assert searches.begin(job(tmp_path, PLAIN)) == searches.NOTHING
+
+
+def test_a_file_writes_nowhere_but_into_the_cache(tmp_path):
+    (tmp_path / "cache").mkdir()
+    names = ("../../evil.best_config", "/tmp/evil.best_config", "ab/kernel.py", "ab/c/kernel.best_config", "cache/../x")
+    kept = {"rows": {}, "finds": dict.fromkeys(names, TUNED)}
+    file = tmp_path / "cache" / f"sd15{results.SEARCHES}"
+    file.write_bytes(lzma.compress(json.dumps(kept).encode()))
+    searches.begin(job(tmp_path))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("content", [b"no archive", lzma.compress(b"{"), lzma.compress(b"{}" * 999)[:40]])
+def test_a_damaged_file_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f"sd15{results.SEARCHES}").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: delete it") as refusal:
+        searches.begin(job(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def compile_for_long(state, tell, job):
+    tell("preparing")
+    time.sleep(0.3)
+    tell("first call, which compiles")
+    time.sleep(1.0)
+    return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}}
+
+
+def test_a_compilation_that_was_stopped_goes_on_with_its_seconds_counted_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", compile_for_long)
+    monkeypatch.setattr(process, "LOOK_S", 0.05)
+    cold = lambda limit_s: walk.cold(fresh, job(tmp_path), lambda phase: None, limit_s)
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        fresh.take().close()  # the server's imports are not what the limit is about
+        with pytest.raises(process.RowFailed, match="stopped after"):
+            cold(1.0)
+        spent = searches.begin(job(tmp_path))["spent_s"]
+        assert 0 < spent < 0.8, "the seconds before the call are none of its"
+        first = cold(60.0)
+        assert first == {"cold_s": spent + 90, "compiled": 2, "found": 0, "before_s": spent}
+        again = cold(60.0)  # where the compiled graphs are gone, and the search's finds are not
+        assert again["cold_s"] == again["before_s"] == spent + 90
+
+
+def test_without_an_earlier_attempt_a_first_call_is_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", compile_for_long)
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        first = walk.cold(fresh, job(tmp_path, PLAIN), lambda phase: None, 60.0)
+    assert first == {"cold_s": 90.0, "compiled": 2, "found": 0}
+
+
+def test_a_table_says_which_seconds_are_of_an_earlier_process():
+    made = peers_result()
+    row = next(row for row in made["rows"] if row["id"] == "tutorial_recipe")
+    row["first_calls"] = {"cold_s": 1240.0, "warm_s": 50.0, "compiled": 2, "found": 0, "before_s": 1035.0}
+    assert any("counted in: tutorial_recipe 1035 s of 1240 s" in said.replace(",", "") for said in tables.remarks(made))
+    del row["first_calls"]["before_s"]
+    assert not any("counted in" in said for said in tables.remarks(made))
+
+
+def test_a_study_takes_its_searches_along(tmp_path):
+    out, root = tmp_path / "out", tmp_path / "root"
+    made = result()
+    results.write(out / "pocket-path.json", made)
+    results.write_whole(out / "cache" / f"pocket{results.SEARCHES}", b"finds")
+    results.write_whole(out / "cache" / f"sdxl{results.SEARCHES}", b"others")
+    report.add(out, root)
+    folder = root / "figures" / "data" / results.machine_name(made["environment"])
+    assert sorted(path.name for path in folder.iterdir()) == ["pocket-path.json", f"pocket{results.SEARCHES}"]
