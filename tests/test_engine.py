@@ -144,6 +144,17 @@ def test_a_prepared_pipeline_draws_the_same_and_captures_a_size_once(tiny, captu
     assert np.array_equal(small(tiny), ours) and len(captured) == 6
 
 
+def test_a_self_attention_takes_query_key_and_value_from_one_product(tiny, captured):
+    engine.prepare(tiny)
+    small(tiny)
+    layers = [part for name, part in tiny.unet.named_modules() if name.endswith("attn1")]
+    joined = tiny.unet.forward.held.joined
+    assert [*joined] == layers and all(weight.shape[0] == 3 * layer.inner_dim for layer, weight in joined.items())
+    tiny.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    small(tiny)
+    assert not tiny.unet.forward.held.joined, "a query with a LoRA is more than a product"
+
+
 def test_restoring_leaves_nothing(tiny, captured):
     before = small(tiny)
     weight = tiny.unet.conv_in.weight
@@ -455,7 +466,7 @@ def test_a_picture_begins_with_the_weights_as_they_are(tiny, captured, restart):
     engine.prepare(tiny)
     for factor in (1.0, 0.5, 0.5):
         for name, weight in tiny.unet.named_parameters():
-            if any(part in name for part in ("attn2.to_k", "attn2.to_v", "time_emb_proj")):
+            if any(part in name for part in ("attn2.to_k", "attn2.to_v", "time_emb_proj", "attn1.to_q", "attn1.to_v")):
                 weight.data.mul_(factor)
         times = times if restart != "another tensor" else times.clone()
         for t in times:
@@ -606,7 +617,7 @@ def test_gpu_weights_changed_in_place_show_in_the_next_picture(on_gpu):
     engine.prepare(on_gpu)
     gpu_draw(on_gpu)
     for name, weight in on_gpu.unet.named_parameters():
-        if "to_k" in name or "to_v" in name or "time_emb_proj" in name:
+        if any(part in name for part in ("to_k", "to_v", "to_q", "time_emb_proj")):
             weight.data.mul_(0.8)
     ours = gpu_draw(on_gpu)
     engine.restore(on_gpu)

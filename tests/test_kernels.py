@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, softmax, upsample_conv
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, linear_geglu, softmax, upsample_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -84,6 +84,20 @@ def test_geglu(device, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 7, 72), 40), ((1500, 16), 136), ((1, 8), 8), ((0, 8), 8)])
+def test_linear_geglu(device, dtype, shape, outputs):
+    """It rounds once where a layer and GEGLU after it do three times."""
+    x, weight = random(shape, dtype, device), random((2 * outputs, shape[-1]), dtype, device) / shape[-1] ** 0.5
+    bias = random(2 * outputs, dtype, device)
+    exact = linear_geglu.reference(x.double(), weight.double(), bias.double())
+    off = lambda y: (y.double() - exact).square().sum().sqrt()
+    ours = linear_geglu.linear_geglu(x, weight, bias)
+    assert ours.dtype is dtype and ours.shape == exact.shape
+    theirs = off(linear_geglu.reference(x, weight, bias)) + 1e-6 * exact.square().sum().sqrt()
+    assert off(ours) <= (2 if device == "cpu" else 1.1) * theirs  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("added", [True, False])
 def test_add_layer_norm(device, dtype, shape, added):
@@ -138,6 +152,7 @@ def test_bytes_are_counted():
     x = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16)
     assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
     assert geglu.bytes_moved(x) == 3 * x.numel()
+    assert linear_geglu.bytes_moved(torch.empty(3, 5), torch.empty(16, 5)) == 4 * (15 + 80 + 24)
     assert softmax.bytes_moved(torch.empty(3, 5), 1.0, torch.bfloat16) == 6 * 15
     assert upsample_conv.bytes_moved(x, torch.empty(32, 64, 3, 3)) == 2 * (3 * x.numel() + 32 * 64 * 9)
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
@@ -168,6 +183,12 @@ WRONG = {
         lambda: upsample_conv.upsample_conv(torch.ones(1, 8, 4, 4).to(**LAST), torch.ones(8, 8, 1, 1), torch.ones(8)),
         "8, 3, 3. was expected",
     ),
+    "two dtypes": (
+        lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),
+        "make them one",
+    ),
+    "rows": (lambda: linear_geglu.linear_geglu(torch.ones(4, 7), torch.ones(16, 7), torch.ones(16)), "16 bytes"),
+    "bias": (lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8), torch.ones(8)), "bias has shape"),
     "too long": (
         lambda: add_layer_norm.add_layer_norm(torch.ones(1, 2**15), None, *[torch.ones(2**15)] * 2),
         "1 to 16384",

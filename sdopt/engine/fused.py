@@ -137,6 +137,8 @@ def _attended(attn, x, text):
         return attn(x, encoder_hidden_states=text)
     if type(attn.processor) is FusedAttnProcessor2_0 and text is None:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    elif text is None and (weights := once.joined(attn)) is not None:
+        q, k, v = linear(x, weights).chunk(3, dim=-1)
     else:
         q = attn.to_q(x)
         k, v = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)

@@ -1,5 +1,5 @@
-"""What stays as it is from step to step, computed once: the prompt's keys and values, the upsamplers' folded weights; and all
-time projections as one product.
+"""What stays as it is from step to step, computed once: the prompt's keys and values, the upsamplers' folded weights; and
+products of the same input as one: all time projections, and a self-attention's query, key and value.
 
 `Once` holds it, and the blocks of `fused` take it from there while `using` lasts. What it holds was computed from weights, so
 it is computed again for every picture: weights that were changed in place show in the next.
@@ -19,12 +19,14 @@ _now = None
 class Once:
     """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`.
 
-    `keys_and_values(layer, text)` is how a layer's are made. Introduced in notebooks/12_cuda_graphs.
+    `keys_and_values(layer, text)` is how a layer's are made. `selves`: self-attention layers whose three projections
+    can be joined. Introduced in notebooks/12_cuda_graphs.
     """
 
-    def __init__(self, resnets, layers, upsamplers, keys_and_values):
+    def __init__(self, resnets, layers, upsamplers, keys_and_values, selves=()):
         self.layers, self._keys_and_values = layers, keys_and_values
         self.upsamplers, self.quarters = upsamplers, {}
+        self.selves, self.joined = selves, {}
         self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
@@ -33,9 +35,10 @@ class Once:
 
     @torch.no_grad()
     def gather(self):
-        """Copy the time projections' weights together: one product of [samples, 1280] in place of some twenty.
+        """Copy weights together that meet the same input, and fold the upsamplers'.
 
-        And fold the upsamplers'.
+        The time projections become one product of [samples, 1280] in place of some twenty; three projections as one keep
+        more of a GPU's multiprocessors at work than each of them.
         """
         weights = [block.time_emb_proj.weight for block in self.resnets]
         biases = [block.time_emb_proj.bias + block.conv1.bias for block in self.resnets]
@@ -47,6 +50,12 @@ class Once:
         for block in self.upsamplers:
             new = folded(block.conv.weight)
             self.quarters[block] = self.quarters[block].copy_(new) if block in self.quarters else new
+        for layer in self.selves:
+            weights = [part.weight for part in (layer.to_q, layer.to_k, layer.to_v)]
+            if layer in self.joined:
+                torch.cat(weights, out=self.joined[layer])
+            else:
+                self.joined[layer] = torch.cat(weights)
 
     def read_prompt(self, text):
         """{layer: its keys and values} of the prompt's embeddings `text`, [samples, tokens, channels]."""
@@ -77,6 +86,11 @@ def using(held, of_prompt):
 def keys_and_values(layer):
     """The prompt's keys and values for an attention layer, if they have been computed."""
     return _now[1].get(layer) if _now else None
+
+
+def joined(layer):
+    """The weights of a self-attention layer's three projections, one below the other, if they have been joined."""
+    return _now[0].joined.get(layer) if _now else None
 
 
 def quarters(block):

@@ -103,6 +103,17 @@ def attention(attn):
     )
 
 
+def joinable(attn):
+    """Whether `attn`, a self-attention, takes its query, key and value from three products without a bias."""
+    parts = (attn.to_q, attn.to_k, attn.to_v)
+    return (
+        attention(attn)
+        and type(attn.processor) is AttnProcessor2_0
+        and is_stock(*parts, kind=nn.Linear)
+        and all(part.bias is None for part in parts)
+    )
+
+
 def wide_attention(attn):
     """Whether `attn` is the layer of a VAE that is computed here; with a narrower head PyTorch's own way is better."""
     return (

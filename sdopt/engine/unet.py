@@ -99,8 +99,9 @@ def _held(unet):
         for block in model.transformer_blocks
     ]
     layers = [block.attn2 for block in blocks if plain.attention(block.attn2)]
+    selves = [block.attn1 for block in blocks if plain.joinable(block.attn1)]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
-    return Once(resnets, layers, upsamplers, fused.keys_and_values)
+    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves)
 
 
 def _named(sample, timestep, text, args, kwargs):

@@ -1,0 +1,96 @@
+"""A linear layer and the GEGLU after it as one kernel: the first half of a transformer's feed-forward layer.
+
+    [value, gate] = x @ weight.T + bias,   out = value * gelu(gate),   gelu(z) = z / 2 * (1 + erf(z / sqrt(2)))
+
+Operations: 4 * rows * inputs * n, on tensor cores. In two kernels the product writes 2n numbers a row and GEGLU reads them
+again: these 4 * rows * n * itemsize bytes never leave the multiprocessor here, since a program computes a tile of values and
+the same tile of gates, two products of one tile of x, and gates while both are in its registers. Bytes that stay: x, the
+weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sdopt.errors import UserError
+from sdopt.kernels import launch
+
+NAME = "linear_geglu"
+# Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead.
+TILE, FEW_ROWS = (128, 128, 64, 8, 4), (64, 64, 64, 4, 4)
+FEW = 1024  # rows up to which large tiles would leave multiprocessors idle
+ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
+
+
+def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x`: [..., inputs]; `weight`: [2n, inputs], values first; `bias`: [2n]; all contiguous, of one dtype; returns [..., n].
+
+    float32, float16 or bfloat16; summed and gated in float32, rounded once. Raises UserError for other shapes, layouts or
+    dtypes, and for rows of x, or of the result, that are not a multiple of 16 bytes. Source: https://arxiv.org/abs/2002.05202.
+    """
+    launch.check(NAME, x, weight=weight, bias=bias)
+    launch.check_shape(NAME, "the input", x, tuple(x.shape))
+    inputs, outputs = x.shape[-1] if x.ndim else 0, weight.shape[0] // 2
+    launch.check_shape(NAME, "weight", weight, (2 * outputs, inputs))
+    launch.check_shape(NAME, "bias", bias, (2 * outputs,))
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise UserError(f"{NAME}: x, weight and bias are of {x.dtype}, {weight.dtype} and {bias.dtype}: make them one")
+    if any(n % ALIGNED for n in (inputs * x.itemsize, outputs * x.itemsize, x.data_ptr(), weight.data_ptr())):
+        raise UserError(f"{NAME}: rows of {inputs} inputs and {outputs} outputs do not begin at multiples of 16 bytes")
+    out = x.new_empty(*x.shape[:-1], outputs)
+    if not out.numel():
+        return out
+    rows = out.numel() // outputs
+    tall, wide, deep, warps, stages = TILE if rows > FEW else FEW_ROWS
+    if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
+        deep //= 2
+    tiles = lambda matrix, block: TensorDescriptor.from_tensor(matrix, block)
+    _linear_geglu[(triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),)](
+        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(weight, [wide, deep]), bias),
+        *(tiles(out.view(rows, outputs), [tall, wide]), rows, outputs, inputs),
+        *(tall, wide, deep, 8, launch.INTERPRETED or x.dtype is torch.float32),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def reference(x, weight, bias):
+    """What `linear_geglu` computes, by PyTorch, in the dtype of its arguments."""
+    value, gate = torch.nn.functional.linear(x, weight, bias).chunk(2, dim=-1)
+    return value * torch.nn.functional.gelu(gate)
+
+
+def bytes_moved(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    """Bytes that must come and go: x, the weights and the result."""
+    result = x.numel() // x.shape[-1] * weight.shape[0] // 2
+    return (x.numel() + weight.numel() + result) * x.itemsize
+
+
+@triton.jit
+def _linear_geglu(
+    x, weight, bias, out, rows, outputs, inputs,
+    TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    # programs that run at the same time share rows of x and weights: TOGETHER tiles of rows by as many of outputs
+    down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE)
+    program, band = tl.program_id(0), TOGETHER * across
+    first = program // band * TOGETHER
+    high = tl.minimum(down - first, TOGETHER)
+    row = (first + program % band % high) * TALL
+    column = program % band // high * WIDE
+    values = tl.zeros([TALL, WIDE], tl.float32)
+    gates = tl.zeros([TALL, WIDE], tl.float32)
+    for k in range(0, inputs, DEEP):
+        some, of_values, of_gates = x.load([row, k]), weight.load([column, k]), weight.load([outputs + column, k])
+        if EXACT:  # float32 without TF32; and the interpreter takes bfloat16 for integers
+            some, of_values, of_gates = some.to(tl.float32), of_values.to(tl.float32), of_gates.to(tl.float32)
+        values = tl.dot(some, of_values.T, values, input_precision="ieee")
+        gates = tl.dot(some, of_gates.T, gates, input_precision="ieee")
+    # a last tile's rows of the weights beyond its own are other outputs', and are not stored
+    at = column + tl.arange(0, WIDE)
+    values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
+    gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
+    gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
+    out.store([row, column], (values * gelu).to(out.dtype))
