@@ -3,10 +3,11 @@
 from itertools import cycle
 
 import torch
+from torch.nn.functional import linear
 from tqdm import tqdm
 
 from sdopt import precision
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, softmax, upsample_conv
+from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, softmax, upsample_conv
 from sdopt.timing import kernel_seconds
 
 CACHE = 256 * 2**20  # inputs take turns, together several times a GPU's cache: each call finds its own in memory
@@ -26,6 +27,7 @@ FUSIONS = (
     *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
+    *((linear_geglu, shape) for shape in TOKENS),  # all of a feed-forward's first half
     *((upsample_conv, shape) for shape in SMALL),
     (softmax, (4096, 16384)),  # a part of the attention in SDXL's VAE
 )
@@ -44,6 +46,8 @@ def fusions(device, chosen=FUSIONS, **timed):
         torch.compiler.reset()  # a graph a shape, of which PyTorch keeps no more than a few
         compiled = torch.compile(kernel.reference, fullgraph=True, dynamic=False)
         ways = {"ours": getattr(kernel, kernel.NAME), "eager": kernel.reference, "compiled": compiled}
+        if kernel is linear_geglu:  # what it has to beat: a library's product, and our kernel after it
+            ways["apart"] = lambda x, weight, bias: geglu.geglu(linear(x, weight, bias))
         seconds = {name: kernel_seconds(_in_turn(way, sets), device, **timed) for name, way in ways.items()}
         halves = [torch.randint(256, (2, moved // 2), device=device, dtype=torch.uint8) for _ in sets]
         seconds["copy"] = kernel_seconds(_in_turn(lambda to, of: to.copy_(of), halves), device, **timed)
@@ -63,6 +67,9 @@ def _arguments(kernel, shape, device, dtype):
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:
         return image(), new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last), new(shape[1])
+    if kernel is linear_geglu:
+        rows, inputs = shape  # four times as many outputs as inputs, and as many gates
+        return new(rows, inputs), new(8 * inputs, inputs) / inputs**0.5, new(8 * inputs)
     if kernel is softmax:
         return torch.randn(shape, device=device), 512**-0.5, dtype
     return (new(*shape),)
