@@ -42,7 +42,7 @@ def bytes_moved(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> int:
     return scores.numel() * (scores.itemsize + dtype.itemsize)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def _softmax(scores, out, length, scale, WIDE: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64) * length, tl.arange(0, WIDE)
     top, total = -float("inf"), 0.0
