@@ -34,7 +34,16 @@ from transformers.utils import ModelOutput
 from sdopt import compilation, engine, guidance, models
 from sdopt.engine import fused, graphs
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, softmax, upsample_conv
+from sdopt.kernels import (
+    add_layer_norm,
+    bias_residual,
+    geglu,
+    group_norm,
+    launch,
+    prompt_attention,
+    softmax,
+    upsample_conv,
+)
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2}
 
@@ -51,7 +60,7 @@ def captured(request, monkeypatch):
         for tensor in outputs:
             tensor.fill_(float("nan"))
 
-    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, softmax):
+    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, prompt_attention, softmax):
         monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
     monkeypatch.setattr(fused, upsample_conv.NAME, doubled)
 

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from sdopt.engine import fused, plain
 from sdopt.kernels import launch
+from sdopt.kernels.prompt_attention import MOST_KEYS
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
 
@@ -39,17 +40,17 @@ def unet(request):
 def kernels(monkeypatch):
     """The names of the kernels that ran, in their order."""
     ran = []
-    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv", "softmax"):
+    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv", "softmax", "prompt_attention"):
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
     return ran
 
 
-def unet_call(unet, height=4, width=6, batch=1):
+def unet_call(unet, height=4, width=6, batch=1, tokens=7):
     """A call of a UNet with random inputs, as a function."""
     torch.manual_seed(1)
     latents = torch.randn(batch, 4, height, width)
-    text = torch.randn(batch, 7, 64)
+    text = torch.randn(batch, tokens, 64)
 
     @torch.no_grad()
     def call():
@@ -81,10 +82,21 @@ def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
         blocks,
         upsamplers,
     ]
-    assert upsamplers
+    assert upsamplers and kernels.count("prompt_attention") == blocks
     fused.release(unet)
     kernels.clear()
     assert torch.equal(call(), theirs) and not kernels
+
+
+def test_a_prompt_too_long_for_one_program_is_left_to_pytorch(unet, kernels):
+    for tokens, ours in ((MOST_KEYS, True), (MOST_KEYS + 1, False)):
+        call = unet_call(unet, tokens=tokens)
+        fused.release(unet)
+        theirs = call()
+        fused.fuse(unet)
+        kernels.clear()
+        assert_same(call(), theirs)
+        assert ("prompt_attention" in kernels) == ours
 
 
 def test_fused_projections_are_used(unet, kernels):

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, launch, linear_geglu, softmax, upsample_conv
+from sdopt.kernels import (
+    add_layer_norm,
+    bias_residual,
+    geglu,
+    group_norm,
+    launch,
+    linear_geglu,
+    prompt_attention,
+    softmax,
+    upsample_conv,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -136,6 +146,24 @@ def test_upsample_conv(device, dtype, shape, outputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("positions", "tokens", "heads", "width"), [(70, 77, 2, 64), (5, 154, 3, 40), (1, 1, 1, 8), (64, 256, 1, 3), (0, 7, 1, 8)]
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_prompt_attention(device, dtype, positions, tokens, heads, width, joined):
+    """No further from float64 than PyTorch's own attention, by a rounding; keys and values also as halves of longer rows."""
+    q = random((2, positions, heads * width), dtype, device, mean=1.0)
+    both = random((2, tokens, 2 * heads * width), dtype, device)
+    k, v = both.chunk(2, -1) if joined else (part.contiguous() for part in both.chunk(2, -1))
+    ours = prompt_attention.prompt_attention(q, k, v, heads)
+    exact = prompt_attention.reference(q.double(), k.double(), v.double(), heads)
+    off = lambda y: (y.double() - exact).square().sum().sqrt()
+    assert ours.dtype is dtype and ours.shape == q.shape and ours.isfinite().all()
+    step = torch.finfo(dtype).eps * exact.square().sum().sqrt()
+    assert off(ours) <= 1.1 * off(prompt_attention.reference(q, k, v, heads)) + step + 1e-6 * exact.abs().sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 1), ()])
 def test_softmax(device, dtype, shape):
     """Scores far apart, and over all of them far from zero."""
@@ -153,6 +181,7 @@ def test_bytes_are_counted():
     assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
     assert geglu.bytes_moved(x) == 3 * x.numel()
     assert linear_geglu.bytes_moved(torch.empty(3, 5), torch.empty(16, 5)) == 4 * (15 + 80 + 24)
+    assert prompt_attention.bytes_moved(x, torch.empty(6), torch.empty(6)) == 2 * (2 * x.numel() + 12)
     assert softmax.bytes_moved(torch.empty(3, 5), 1.0, torch.bfloat16) == 6 * 15
     assert upsample_conv.bytes_moved(x, torch.empty(32, 64, 3, 3)) == 2 * (3 * x.numel() + 32 * 64 * 9)
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
@@ -182,6 +211,18 @@ WRONG = {
     "window": (
         lambda: upsample_conv.upsample_conv(torch.ones(1, 8, 4, 4).to(**LAST), torch.ones(8, 8, 1, 1), torch.ones(8)),
         "8, 3, 3. was expected",
+    ),
+    "too many tokens": (
+        lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), *[torch.ones(1, 257, 8)] * 2, 2),
+        "1 to 256 tokens",
+    ),
+    "heads": (
+        lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), *[torch.ones(1, 7, 8)] * 2, 3),
+        "heads of 1 to 256",
+    ),
+    "values": (
+        lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), torch.ones(1, 7, 8), torch.ones(1, 6, 8), 2),
+        "v is not .1, 7, 8.",
     ),
     "two dtypes": (
         lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),

@@ -6,7 +6,16 @@ import torch
 
 from sdopt import results
 from sdopt.bench import fusions, lessons
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, softmax, upsample_conv
+from sdopt.kernels import (
+    add_layer_norm,
+    bias_residual,
+    geglu,
+    group_norm,
+    linear_geglu,
+    prompt_attention,
+    softmax,
+    upsample_conv,
+)
 
 RECORDED = Path(__file__).parents[1] / "figures" / "data" / "nvidia-h200"
 
@@ -34,11 +43,12 @@ def test_kernels_are_named_timed_and_counted(fresh_compiler):
 
 def test_fused_kernels_stand_beside_what_they_replace(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    shapes = [(1, 32, 2, 3), (1, 32, 2, 3), (3, 16), (3, 32), (1, 4, 2, 3), (2, 40), (3, 8)]
-    kernels = [group_norm, bias_residual, add_layer_norm, geglu, upsample_conv, softmax, linear_geglu]
+    shapes = [(1, 32, 2, 3), (1, 32, 2, 3), (3, 16), (3, 32), (1, 4, 2, 3), (2, 40), (3, 8), (1, 2, 16)]
+    kernels = [group_norm, bias_residual, add_layer_norm, geglu, upsample_conv, softmax, linear_geglu, prompt_attention]
     rows = fusions.fusions("cpu", list(zip(kernels, shapes)), repeats=1, rounds=1)
     assert [(row["kernel"], row["shape"]) for row in rows] == [(k.NAME, list(s)) for k, s in zip(kernels, shapes)]
     moved = [2 * 3 * 192, 2 * 3 * 192, 2 * 4 * 48, 3 * 96, 2 * (24 + 144 + 96), 6 * 80, 2 * (24 + 512 + 96)]
+    moved.append(2 * (2 * 32 + 2 * 77 * 16))
     assert [row["bytes"] for row in rows] == moved
     for row in rows:
         more = {"apart"} if row["kernel"] == linear_geglu.NAME else set()

@@ -1,5 +1,8 @@
 import json
 import lzma
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -132,3 +135,34 @@ def test_a_study_takes_its_searches_along(tmp_path):
     report.add(out, root)
     folder = root / "figures" / "data" / results.machine_name(made["environment"])
     assert sorted(path.name for path in folder.iterdir()) == ["pocket-path.json", f"pocket{results.SEARCHES}"]
+
+
+SEARCH = """
+import torch
+from torch._dynamo.utils import counters
+from sdopt import compilation
+
+model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn.LayerNorm(512)).cuda().bfloat16()
+options = compilation.mode_options("max-autotune") | compilation.SEARCH
+with torch.no_grad():
+    torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
+print(counters["inductor"]["coordesc_tuning_bench"], counters["inductor"]["select_algorithm_autotune"])
+"""
+
+
+@pytest.mark.gpu
+def test_gpu_what_was_found_is_not_searched_for_again(tmp_path):
+    def searched(folder):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor")}
+        done = subprocess.run([sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True, check=True)
+        return [int(n) for n in done.stdout.split()[-2:]]
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    tried, _ = searched(here)
+    assert tried > 0
+    searches.keep(job(here), 1.0, finished=True)
+    (there / "cache").mkdir(parents=True)
+    name = f"sd15{results.SEARCHES}"
+    (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
+    searches.begin(job(there))
+    assert searched(there)[0] == 0

@@ -7,7 +7,16 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from sdopt import precision
-from sdopt.kernels import add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, softmax, upsample_conv
+from sdopt.kernels import (
+    add_layer_norm,
+    bias_residual,
+    geglu,
+    group_norm,
+    linear_geglu,
+    prompt_attention,
+    softmax,
+    upsample_conv,
+)
 from sdopt.timing import kernel_seconds
 
 CACHE = 256 * 2**20  # inputs take turns, together several times a GPU's cache: each call finds its own in memory
@@ -27,6 +36,7 @@ FUSIONS = (
     *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
+    *((prompt_attention, (2, tokens // 2, channels)) for tokens, channels in TOKENS),
     *((linear_geglu, shape) for shape in TOKENS),  # all of a feed-forward's first half
     *((upsample_conv, shape) for shape in SMALL),
     (softmax, (4096, 16384)),  # a part of the attention in SDXL's VAE
@@ -67,6 +77,9 @@ def _arguments(kernel, shape, device, dtype):
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:
         return image(), new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last), new(shape[1])
+    if kernel is prompt_attention:
+        samples, _, channels = shape
+        return new(*shape), *(new(samples, 77, channels) for _ in "kv"), max(1, channels // 64)
     if kernel is linear_geglu:
         rows, inputs = shape  # four times as many outputs as inputs, and as many gates
         return new(rows, inputs), new(8 * inputs, inputs) / inputs**0.5, new(8 * inputs)
