@@ -146,7 +146,7 @@ model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn
 options = compilation.mode_options("max-autotune") | compilation.SEARCH
 with torch.no_grad():
     torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
-print(counters["inductor"]["coordesc_tuning_bench"], counters["inductor"]["select_algorithm_autotune"])
+print(counters["inductor"]["coordesc_tuning_bench"])
 """
 
 
@@ -155,14 +155,13 @@ def test_gpu_what_was_found_is_not_searched_for_again(tmp_path):
     def searched(folder):
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor")}
         done = subprocess.run([sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True, check=True)
-        return [int(n) for n in done.stdout.split()[-2:]]
+        return int(done.stdout.split()[-1])
 
     here, there = tmp_path / "here", tmp_path / "there"
-    tried, _ = searched(here)
-    assert tried > 0
+    assert searched(here) > 0
     searches.keep(job(here), 1.0, finished=True)
     (there / "cache").mkdir(parents=True)
     name = f"sd15{results.SEARCHES}"
     (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
     searches.begin(job(there))
-    assert searched(there)[0] == 0
+    assert searched(there) == 0

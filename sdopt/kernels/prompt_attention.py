@@ -19,6 +19,7 @@ from sdopt.kernels import launch
 NAME = "prompt_attention"
 MOST_KEYS, WIDEST = 256, 256  # tokens, and numbers of a head, that a program can hold
 QUERIES = 64  # of a tile
+LOG2_E = 1.4426950408889634  # powers of two are what a GPU computes: exp(x) = 2 ** (x * log2(e))
 
 
 def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
@@ -57,9 +58,6 @@ def reference(q, k, v, heads):
 def bytes_moved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_) -> int:
     """Bytes that must come and go: queries, keys and values, and as many numbers out as queries."""
     return (2 * q.numel() + k.numel() + v.numel()) * q.itemsize
-
-
-LOG2_E = 1.4426950408889634  # powers of two are what a GPU computes: exp(x) = 2 ** (x * log2(e))
 
 
 @triton.jit
