@@ -19,6 +19,7 @@ from sdopt.kernels import launch
 NAME = "linear_geglu"
 # Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead.
 TILE, FEW_ROWS = (128, 128, 64, 8, 4), (64, 64, 64, 4, 4)
+TOGETHER = 8  # tiles of rows whose programs run at about the same time, and share weights in the GPU's cache
 FEW = 1024  # rows up to which large tiles would leave multiprocessors idle
 ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
 
@@ -45,11 +46,11 @@ def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     tall, wide, deep, warps, stages = TILE if rows > FEW else FEW_ROWS
     if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
-    tiles = lambda matrix, block: TensorDescriptor.from_tensor(matrix, block)
+    tiles = TensorDescriptor.from_tensor
     _linear_geglu[(triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),)](
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(weight, [wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), rows, outputs, inputs),
-        *(tall, wide, deep, 8, launch.INTERPRETED or x.dtype is torch.float32),
+        *(tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
         num_warps=warps,
         num_stages=stages,
     )
