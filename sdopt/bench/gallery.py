@@ -70,22 +70,20 @@ def real(state, tell, device, pictures, shelf):
 
 
 def measure(state, tell, job, pictures, shelf):
-    """After `begin`: time the row of `job`, then draw and judge a picture each of the first `pictures` test prompts.
+    """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does.
 
-    Returns its numbers, its record and its Frechet distance. The reference leaves its pictures on the shelf, the others
-    compare with them. Pictures are drawn many a call, which changes their rounding and no more; graphs are compiled for
-    each of the two sizes as such, not for any size.
+    Graphs are compiled for the size that is timed and for that of the many pictures as such, not for any size.
     """
     recipe, pipe = job.recipe, state["pipe"]
-    if recipe.compares and not shelf.pictures.exists():
-        raise RowFailed(f"there are no pictures to compare with: {REFERENCE} was not drawn")
     call = sampling(pipe, state["scheduler"], recipe)
-    seen, took, start = {}, {}, time.perf_counter()
+    seen, start = {}, time.perf_counter()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), **call)
-        took["timing"] = time.perf_counter() - start
+        took = {"timing": time.perf_counter() - start}
         tell(PICTURES)
-        judged = _judged(pipe, job, pictures, shelf, took, call)
+        start = time.perf_counter()
+        judged = judge(pipe, job, pictures, shelf, call)
+        took["pictures"] = time.perf_counter() - start
     numbers |= {"as_run": as_run(pipe) | {"peak_memory_of": numbers.pop("peak_memory_of")}, "took_s": took}
     numbers |= {"warm_from": state["drawn"]} if state["drawn"] else {}  # its first call found all of that row's kernels
     numbers |= ({"gpu": seen} if seen else {}) | ({"graphs": compilation.graphs_so_far()} if recipe.compiles else {})
@@ -104,19 +102,23 @@ def sampling(pipe, own, recipe):
     return call | guidance.cutoff(pipe, recipe.stop)
 
 
-def _judged(pipe, job, pictures, shelf, took, call):
-    asked, device, recipe = test_prompts(pictures), pipe.device.type, job.recipe
-    task = drawing.gallery(models.model(job.model), asked, AT_ONCE[device], recipe.seed)
+def judge(pipe, job, pictures, shelf, call):
+    """Draw a picture for each of the first `pictures` test prompts by `call`; returns their record and Frechet distance.
+
+    The reference leaves its pictures on the shelf, the others compare with them. They are drawn many a call, which
+    changes their rounding and no more. The distance is None for fewer than ENOUGH. Raises RowFailed where there is
+    nothing to compare with.
+    """
+    recipe, device = job.recipe, pipe.device.type
+    if recipe.compares and not shelf.pictures.exists():
+        raise RowFailed(f"there are no pictures to compare with: {REFERENCE} was not drawn")
+    others = [np.load(path, mmap_mode="r") for path in (shelf.pictures, shelf.latents)] if recipe.compares else []
+    task = drawing.gallery(models.model(job.model), test_prompts(pictures), AT_ONCE[device], recipe.seed)
     task = replace(task, height=job.height, width=job.width, steps=job.steps, guidance_scale=job.guidance_scale)
     oracle = load_oracle().to(device)
-    if recipe.compares:
-        others = [np.load(path, mmap_mode="r") for path in (shelf.pictures, shelf.latents)]
     agreements, features, drift, drawn, done = [], [], {}, [], 0
-    took |= {"pictures": 0.0, "judging": 0.0}
-    start = time.perf_counter()
     for images, latents in drawing.pictures(pipe, task, **call):
-        drawn_at = time.perf_counter()
-        part = slice(done, done + len(images))
+        part = slice(done, done := done + len(images))
         with _exactly():
             agreements += quality.agreements(task.scenes[part], images)
             features.append(oracle.features(images))
@@ -124,18 +126,13 @@ def _judged(pipe, job, pictures, shelf, took, call):
                 theirs = (torch.from_numpy(other[part].copy()).to(device) for other in others)
                 paired = quality.paired(images, latents, *theirs)
                 drift = {name: drift.get(name, []) + values for name, values in paired.items()}
-            elif recipe.id == REFERENCE:
-                drawn.append((images.cpu(), latents.cpu()))
-        done = part.stop
-        took["pictures"] += drawn_at - start
-        start = time.perf_counter()
-        took["judging"] += start - drawn_at
+        if recipe.id == REFERENCE:
+            drawn.append((images.cpu(), latents.cpu()))
     if drawn:
         _keep(shelf, *(torch.cat(parts).numpy() for parts in zip(*drawn, strict=True)))
     distance = None
     if pictures >= ENOUGH:
         distance = quality.frechet(torch.cat(features), torch.from_numpy(np.load(shelf.real)).to(device))
-    took["judging"] += time.perf_counter() - start
     return records.of(agreements, drift), distance
 
 

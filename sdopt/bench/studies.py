@@ -16,7 +16,7 @@ NINE = tuple(path.NUMBERS)
 EAGER = ("bf16", "sdpa")
 NEEDED_BYTES = 64 * 2**20
 LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
-GATE_STEPS = 6
+GATE_STEPS = 5
 
 
 @dataclass(frozen=True)
