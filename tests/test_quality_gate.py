@@ -10,8 +10,6 @@ tests/test_compilation.py sees to. The baseline is held against its own small pi
 drawn here, so that what another CPU does to all of them cancels.
 """
 
-from functools import wraps
-
 import numpy as np
 import pytest
 import torch
@@ -93,19 +91,6 @@ def one_step_fewer(pipe, call):
     call["num_inference_steps"] = SHARED["steps"] - 1
 
 
-def one_step_late(pipe, call):
-    """The UNet is told the time of the step after, as an index off by one has it."""
-    set_timesteps = pipe.scheduler.set_timesteps
-
-    @wraps(set_timesteps)  # the pipeline looks at its signature
-    def late(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        pipe.scheduler.set_begin_index(0)
-        pipe.scheduler.timesteps = torch.cat([pipe.scheduler.timesteps[1:], pipe.scheduler.timesteps[-1:]])
-
-    pipe.scheduler.set_timesteps = late
-
-
 def without_guidance(pipe, call):
     call["guidance_scale"] = 1.0
 
@@ -115,7 +100,7 @@ def a_layer_of_zeros(pipe, call):
         pipe.unet.mid_block.resnets[0].conv2.weight.zero_()
 
 
-WRONG = (one_step_fewer, one_step_late, without_guidance, a_layer_of_zeros)
+WRONG = (one_step_fewer, without_guidance, a_layer_of_zeros)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)

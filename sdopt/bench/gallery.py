@@ -132,7 +132,7 @@ def judge(pipe, job, pictures, shelf, call):
         _keep(shelf, *(torch.cat(parts).numpy() for parts in zip(*drawn, strict=True)))
     distance = None
     if pictures >= ENOUGH:
-        distance = quality.frechet(torch.cat(features), torch.from_numpy(np.load(shelf.real)).to(device))
+        distance = quality.frechet(torch.cat(features).cpu(), torch.from_numpy(np.load(shelf.real)))  # many small matrices
     return records.of(agreements, drift), distance
 
 
