@@ -60,14 +60,17 @@ def _point(row):
 
 
 def _name(axes, front, marked):
-    """Write the names of the front's rows and of the levels beside their points."""
+    """Number the front's rows and the levels, the fastest first, and name them where no row is: slow and bad."""
     named = {row["id"]: row for row in (*front, *marked.values())}
-    for i, row in named.items():
+    names = []
+    for k, (i, row) in enumerate(sorted(named.items(), key=lambda item: _point(item[1])), 1):
         here = [level for level, chosen in marked.items() if chosen["id"] == i]
-        words = i + (f": {', '.join(here)}" if here else "")
+        names.append(f"{k}  {i}" + (f": {', '.join(here)}" if here else ""))
+        above = (0, 12 if k % 2 else -18)
         axes.annotate(
-            words, _point(row), xytext=(7, -4), textcoords="offset points", rotation=-35, rotation_mode="anchor",
-            ha="left", va="top", fontsize=8, color=INK, fontweight="bold" if here else "normal",
+            str(k), _point(row), xytext=above, textcoords="offset points", ha="center", fontsize=9, color=INK,
+            fontweight="bold" if here else "normal",
         )  # fmt: skip
         if here:
             axes.plot(*_point(row), "o", markersize=13, markerfacecolor="none", markeredgecolor=INK)
+    axes.text(0.99, 0.03, "\n".join(names), transform=axes.transAxes, ha="right", va="bottom", fontsize=9, color=INK)

@@ -96,7 +96,7 @@ def test_the_front_is_drawn_from_the_file_alone_and_names_its_rows(tmp_path, mon
     results.write(file, study(row("dpm_8", 0.05, 0.016, 30, family="schedulers")))
     frontfigures.front_figure(file, tmp_path / "front.png")
     assert figures.source(tmp_path / "front.png") == figures.digest([file])
-    assert shown == ["dpm_8: balanced, fastest", "bf16: lossless"]
+    assert shown == ["1", "2", "1  dpm_8: balanced, fastest\n2  bf16: lossless"]
 
 
 def test_every_family_has_a_colour():
