@@ -28,10 +28,13 @@ def parser():
 
     bench = commands.add_parser("bench", help="measure one named study with care; stopped, it goes on where it was")
     bench.add_argument(
-        "study", metavar="STUDY", help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers or {pocket,sd15,sdxl}-engine"
+        "study",
+        metavar="STUDY",
+        help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers, {pocket,sd15,sdxl}-engine, pocket-quality or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
+    bench.add_argument("--pictures", type=int, metavar="N", help="quality: judged pictures a row (default: the study's)")
     bench.add_argument("--only", metavar="ID,ID", help="measure these rows alone")
     bench.add_argument("--retry", action="store_true", help="measure rows that failed again, too")
     bench.add_argument("--limit", type=float, default=3600, metavar="S", help="seconds a call may take (default: 3600)")
@@ -89,7 +92,7 @@ def _run(options):
     if not 0 <= options.cutoff <= 1:
         raise UserError(f"--cutoff {options.cutoff:g} is outside [0, 1]: it is the share of the steps that are guided")
     rows = studies.chosen(studies.nine(shared["steps"], options.cutoff), options.only)
-    studies.check_room(options.out)
+    studies.check_room(options.out, shared)
     _download(shared)
     with _progress(len(rows), "row") as progress:
         result = walk.walk(shared, rows, device, options.out, progress)
@@ -102,15 +105,19 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import peers, studies, walk
+    from sdopt.bench import peers, studies, survey, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
     study = studies.study(options.study)
     device = _device(options)
-    runs = study.runs if options.runs is None else options.runs
+    given = [getattr(study, key) if (own := getattr(options, key)) is None else own for key in ("runs", "steps", "pictures")]
+    runs, steps, pictures = given
+    if study.pictures is None and pictures is not None:
+        raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
+    weights = options.weights or study.weights
     shared = studies.settings(
-        study.model, options.weights or study.weights, options.height, options.width, options.steps, options.batch, runs
+        study.model, weights, options.height, options.width, steps, options.batch, runs, pictures
     )
     if not 0 < options.limit < float("inf"):
         raise UserError(f"--limit {options.limit:g} is no time a call may take: give seconds, or leave it out")
@@ -128,11 +135,16 @@ def _bench(options):
         estimates = studies.estimate(rows, report.recorded(machine, study.name), shared)
         print(report.plan(study, rows, estimates, machine, [row.id for row in rows if ledger.is_done(row.id)]))
         return 0
-    studies.check_room(options.out)
+    studies.check_room(options.out, shared)
     _download(shared)
     if study.kind == "path":
         with _progress(len(rows), "row") as progress:
             result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
+    elif study.kind == "quality":
+        with _progress(len(rows), "row") as progress:
+            result = survey.survey(
+                *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
+            )
     else:
         with _progress(runs, "round") as progress:
             result = peers.take_turns(

@@ -1,6 +1,6 @@
 """One drawing task for every row that is compared: the same prompts, seeds and noise; drawn, timed, looked at."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,23 @@ def task(model: Model, runs: int = 3) -> Task:
         prompts=tuple((text,) for text in texts),
         seeds=tuple((seed,) for seed in range(runs)),
         scenes=tuple((s.text, s.scene) for s in subjects) if subjects else None,
+    )
+
+
+def gallery(model: Model, asked, batch: int, seed: int = 0) -> Task:
+    """The task of one picture for each of the prompts `asked`, `batch` of them a call: prompt i starts from seed + i.
+
+    The same pictures whatever the batch, up to rounding. `asked`: `captions.Prompt`s.
+    """
+    chunks = [range(start, min(start + batch, len(asked))) for start in range(0, len(asked), batch)]
+    return Task(
+        height=model.height,
+        width=model.width,
+        steps=model.steps,
+        guidance_scale=model.guidance_scale,
+        prompts=tuple(tuple(asked[k].text for k in chunk) for chunk in chunks),
+        seeds=tuple(tuple(seed + k for k in chunk) for chunk in chunks),
+        scenes=tuple((prompt.text, prompt.scene) for prompt in asked),
     )
 
 
@@ -118,21 +135,41 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
     }, drawn[-runs:]
 
 
+def pictures(pipe, task, **call_kwargs):
+    """Draw all of the task, one call after another: yields (pictures, latents) of each.
+
+    pictures: uint8 [batch, 3, H, W] on the pipeline's device, rounded as a pipeline does for PIL; latents: what the VAE
+    decoded, float32 [batch, 4, h, w]. `call_kwargs` as in `drawer`. Raises ArithmeticError as `all_finite` does.
+    """
+    draw = drawer(pipe, task, **call_kwargs)
+    for run in range(len(task.prompts)):
+        with _decoded(pipe) as seen:
+            drawn = draw(run, "pt")
+        yield (drawn.float() * 255).round().to(torch.uint8), torch.cat([latents for latents, _ in seen]).float()
+
+
 def all_finite(pipe, draw):
     """Draw once more; raises ArithmeticError unless all latents and all that the VAE made of them are finite.
 
     The picture itself would not tell: a pipeline clips it to what a screen can show, infinity as well.
     """
+    with _decoded(pipe):
+        draw()
+
+
+@contextmanager
+def _decoded(pipe):
+    """Within, what the VAE decodes is kept: a list of (latents, whether these and what became of them are finite)."""
     decode, seen = pipe.vae.decode, []
 
     def decode_and_look(latents, *args, **kwargs):
         decoded = decode(latents, *args, **kwargs)
-        seen.extend((latents.isfinite().all(), decoded[0].isfinite().all()))
+        seen.append((latents, latents.isfinite().all() & decoded[0].isfinite().all()))
         return decoded
 
     with timing.swapped(pipe.vae, "decode", decode_and_look):
-        draw()
-    if not all(seen):
+        yield seen
+    if not all(finite for _, finite in seen):
         raise ArithmeticError("latents or picture hold values that are not finite")
 
 

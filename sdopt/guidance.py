@@ -44,6 +44,20 @@ def guided_steps(stop: float, steps: int) -> int:
     return max(1, round(stop * steps))
 
 
+def guides(step: int, steps: int, start: float, stop: float) -> bool:
+    """Whether step number `step` of `steps` (from 0) is guided in the interval from `start` to `stop`."""
+    return step == 0 or round(start * steps) <= step < guided_steps(stop, steps)
+
+
+def samples(steps: int, start: float = 0.0, stop: float = 1.0) -> int:
+    """How many samples the UNet sees for one picture of `steps`, guided from `start` to `stop`: its cost.
+
+    Two in a guided step, one in any other. `stop` 0 is a call without guidance, where no step is guided; otherwise the
+    first always is (see `interval`).
+    """
+    return steps + (sum(guides(step, steps, start, stop) for step in range(steps)) if stop > 0 else 0)
+
+
 def interval(pipe, start: float, stop: float) -> dict:
     """Guide from `start` to `stop` (shares of the steps, 0 <= start < stop <= 1); returns the call's keywords.
 
@@ -62,8 +76,7 @@ def interval(pipe, start: float, stop: float) -> dict:
             call.update(scale=pipe.guidance_scale, on=pipe.do_classifier_free_guidance, tensors=dict(tensors))
         if not call["on"]:
             return tensors
-        first, last = round(start * pipe.num_timesteps), guided_steps(stop, pipe.num_timesteps)
-        guided = first <= step + 1 < last
+        guided = guides(step + 1, pipe.num_timesteps, start, stop)
         if guided == pipe.do_classifier_free_guidance:
             return tensors
         # Private, but the only way: the loop reads it before every step, and the next call sets it anew.

@@ -1,11 +1,16 @@
-"""Does it still look right? Drift between two pictures, and whether a picture shows what its prompt said."""
+"""Does it still look right? Drift between pictures, whether they show what was asked for, how far they are from renders."""
 
-import numpy as np
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torch.nn.functional import cosine_similarity
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from sdopt.errors import UserError
+from sdopt.intervals import resampled, share
 from sdopt.pocket.oracle import load_oracle, to_pixels
+
+PIECE = 64  # pictures that are compared at once
+CEILING_DB = 100.0  # about one value of a whole picture off by one level
+HALVINGS = 10
 
 
 def drift(images, reference):
@@ -26,14 +31,59 @@ def drift(images, reference):
     }
 
 
+def psnr_db(images, reference):
+    """The PSNR of every picture of uint8 [N, 3, H, W] against that of `reference`: float32 [N], in dB, inf where equal."""
+    over = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
+    pairs = zip(images.split(PIECE), reference.split(PIECE), strict=True)
+    return torch.cat([peak_signal_noise_ratio(a.float(), b.float(), **over).reshape(-1) for a, b in pairs])
+
+
+def paired(images, latents, reference, reference_latents):
+    """How far each picture is from its own in `reference`, both drawn from the same noise: {"psnr_db", "ssim", "p99",
+    "latent_cosine"}, a list of one number a picture each.
+
+    Pictures: uint8 [N, 3, H, W]; latents, what the VAE was given for them: [N, 4, h, w], of any scale. `psnr_db` ends at
+    CEILING_DB, so that equal pictures have a number, too; `ssim` is up to 1; `p99`: 99 % of the picture's values are no
+    further off than this, in levels of 0 to 255; `latent_cosine` is up to 1. Pictures smaller than SSIM's window, 11
+    pixels, and other shapes are refused with a UserError.
+    Source: Wang et al. 2004 (SSIM), as torchmetrics has it.
+    """
+    if images.shape != reference.shape or min(images.shape[-2:]) < 11:
+        raise UserError(
+            f"cannot compare images of shape {list(images.shape)} with {list(reference.shape)}: draw them alike, "
+            "11 pixels or more"
+        )
+    pieces = zip(images.split(PIECE), reference.split(PIECE), strict=True)
+    ssim, p99 = [], []
+    for a, b in pieces:
+        ssim.append(structural_similarity_index_measure(a / 255.0, b / 255.0, data_range=1.0, reduction="none"))
+        off = (a.short() - b.short()).abs().flatten(1)
+        p99.append(off.kthvalue(-(-99 * off.shape[1] // 100)).values)
+    cosine = cosine_similarity(latents.double().flatten(1), reference_latents.double().flatten(1))
+    return {
+        "psnr_db": psnr_db(images, reference).clamp(max=CEILING_DB).tolist(),
+        "ssim": torch.cat(ssim).reshape(-1).tolist(),
+        "p99": torch.cat(p99).tolist(),
+        "latent_cosine": cosine.tolist(),
+    }
+
+
 def seen(scenes, images):
     """What the oracle finds in pocket's pictures of what their prompts asked for: `adherence` of all of them.
 
     `scenes`: (text, scene) a picture; `images`: PIL images, in the same order. Introduced in
     notebooks/00_measure_first.
     """
+    return adherence(agreements(scenes, images))
+
+
+def agreements(scenes, images):
+    """The oracle's reading of every picture held against what its prompt asked for: a list of `scenes.Agreement`.
+
+    `scenes`: (text, scene) a picture; `images`: PIL images or uint8 [N, 3, H, W], in the same order.
+    """
     readings = load_oracle().read(images)
-    return adherence([scene.compare(r, text) for (text, scene), r in zip(scenes, readings, strict=True)])
+    return [scene.compare(r, text) for (text, scene), r in zip(scenes, readings, strict=True)]
 
 
 def adherence(agreements, resamples=1000, seed=0):
@@ -53,22 +103,57 @@ def adherence(agreements, resamples=1000, seed=0):
     }
 
 
-def share(clusters, resamples=1000, seed=0):
-    """The mean over everything in `clusters` with a 95 % interval: {"value", "low", "high", "n"}.
+def frechet(features, real, resamples=200, seed=0):
+    """Frechet distance of pictures to real renders, in the oracle's features: {"value", "low", "high", "n", "bias"}.
 
-    `clusters`: one tuple of bools or numbers a prompt or picture. What is in one cluster stands or falls together, so
-    clusters are resampled whole (cluster bootstrap; Efron and Tibshirani 1993). The mean of nothing is None.
+    `features`, `real`: [N, D] and [N, D], of the pictures and of the renders of the same N prompts, in the same order.
+    Two normal distributions with the two sets' means m and covariances S are |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+    apart; 0 for the same set, in the features' units squared. From N pictures it comes out too large, by an amount that
+    goes as 1/N: `bias` is an estimate of it, by how much larger the distance is between halves of both sets. Compare
+    distances of the same N only, or take the bias off. `low` and `high` say how far the value moves with other prompts
+    (95 %, prompts resampled, the renders as they are; resampling has a bias of its own, which is taken off).
+    Raises UserError for fewer than 4 prompts. Source: Heusel et al., https://arxiv.org/abs/1706.08500; the bias: Chong and
+    Forsyth, https://arxiv.org/abs/1911.07023.
     """
-    right = np.array([sum(facts) for facts in clusters if facts], dtype=np.float64)
-    of = np.array([len(facts) for facts in clusters if facts], dtype=np.float64)
-    if not len(of):
-        return {"value": None, "low": None, "high": None, "n": 0}
-    n = len(of)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    low, high = np.quantile((drawn @ right) / (drawn @ of), [0.025, 0.975])
-    # Resampling a perfect score (or none) shows no doubt at all; there the exact binomial bound over prompts is used.
-    if right.sum() == of.sum():
-        low = 0.025 ** (1 / n)
-    elif right.sum() == 0:
-        high = 1 - 0.025 ** (1 / n)
-    return {"value": float(right.sum() / of.sum()), "low": float(low), "high": float(high), "n": int(of.sum())}
+    features, real = features.double(), real.double()
+    n = len(features)
+    if features.shape != real.shape or n < 4:
+        raise UserError(f"no distance between {list(features.shape)} and {list(real.shape)}: give 4 or more of each")
+    towards = _Towards(real)
+    everything = torch.ones(n, dtype=torch.float64, device=features.device)
+    value = towards.distance(features, everything)
+    weights = torch.tensor(resampled(n, resamples, seed), device=features.device)
+    drawn = torch.stack([towards.distance(features, w) for w in weights])
+    spread = (drawn - drawn.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device=drawn.device))
+    low, high = (value + spread).clamp(min=0).tolist()
+    shuffle, halves = torch.Generator().manual_seed(seed), []
+    for _ in range(HALVINGS):
+        order = torch.randperm(n, generator=shuffle).to(features.device)
+        for half in (order[: n // 2], order[n // 2 :]):
+            halves.append(_Towards(real[half]).distance(features[half], everything[half]))
+    bias = torch.stack(halves).mean() - value
+    return {"value": value.item(), "low": low, "high": high, "n": n, "bias": bias.item()}
+
+
+class _Towards:
+    """Frechet distances to one set of features, whose covariance's root is taken once."""
+
+    def __init__(self, real):
+        self.mean, self.covariance = _moments(real, torch.ones_like(real[:, 0]))
+        squares, directions = torch.linalg.eigh(self.covariance)
+        self.root = directions * squares.clamp(min=0).sqrt() @ directions.T
+
+    def distance(self, features, weights):
+        mean, covariance = _moments(features, weights)
+        # (S1 S2)^(1/2) has the trace of (R S1 R)^(1/2), where R R = S2: symmetric, so its eigenvalues are real
+        cross = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp(min=0).sqrt().sum()
+        apart = (mean - self.mean).square().sum() + covariance.trace() + self.covariance.trace() - 2 * cross
+        return apart.clamp(min=0)
+
+
+def _moments(features, weights):
+    """Mean [D] and covariance [D, D] of features [N, D], each counted as often as its weight says."""
+    n = weights.sum()
+    mean = weights @ features / n
+    centred = features - mean
+    return mean, centred.T @ (weights[:, None] * centred) / (n - 1)

@@ -54,13 +54,15 @@ def _shape(*shapes):
     return lambda name, parent, inputs, outputs: (inputs, outputs) in shapes
 
 
-ALWAYS = (
+IMPOSSIBLE = (
     Rule("unused", "an original that fused projections left behind: it is never called", _unused),
     Rule(
         "time embedding",
         "one row a sample: nothing to win, and int8 products on a GPU need more than 16 rows",
         _has("time_emb", "add_embedding", "class_embedding"),
     ),
+)
+ALWAYS = IMPOSSIBLE + (
     Rule(
         "shortcut",
         "the 1x1 convolution around a residual block: the tutorial found none of SDXL's to gain",
@@ -99,12 +101,14 @@ HOPPER = Rule(
 )
 
 
-def rules(pipe, anyway: bool = False) -> tuple[Rule, ...]:
+def rules(pipe, anyway: bool = False, every: bool = False) -> tuple[Rule, ...]:
     """The rules for this pipeline: SDXL where the UNet is Stable Diffusion XL's, GENERAL for any other.
 
     HOPPER goes with them where the pipeline is on such a GPU, unless int8 is wanted `anyway`: to measure it, or for
-    the memory it saves.
+    the memory it saves. With `every` layer wanted, IMPOSSIBLE alone: to see what the filter spares a picture.
     """
+    if every:
+        return IMPOSSIBLE
     config = pipe.unet.config
     sdxl = list(config.block_out_channels) == [320, 640, 1280] and config.cross_attention_dim == 2048
     chosen = SDXL if sdxl else GENERAL
@@ -117,12 +121,12 @@ def gains_nowhere(device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def explain(pipe, anyway: bool = False) -> list[Layer]:
+def explain(pipe, anyway: bool = False, every: bool = False) -> list[Layer]:
     """Every linear layer and 1x1 convolution of UNet and VAE decoder, with the rule that spares it from int8, if any.
 
-    `anyway` as in `int8`. The same before and after it. Introduced in notebooks/06_int8.
+    `anyway` and `every` as in `int8`. The same before and after it. Introduced in notebooks/06_int8.
     """
-    chosen = rules(pipe, anyway)
+    chosen = rules(pipe, anyway, every)
     layers = []
     for model, root in _models(pipe).items():
         for path, module in root.named_modules():
@@ -137,19 +141,20 @@ def explain(pipe, anyway: bool = False) -> list[Layer]:
     return layers
 
 
-def int8(pipe, anyway: bool = False):
+def int8(pipe, anyway: bool = False, every: bool = False):
     """Step 6: int8 weights, and inputs rounded to int8 as they come, in the layers `explain` marks; returns `pipe`.
 
     Weights: one scale an output channel. Inputs: one scale a row, found anew at every call ("dynamic"). 1x1
     convolutions among the layers become linear layers first. Eager it is slower: rounding must be fused to pay, so
-    compile next. Where no layer gains (see `gains_nowhere`) it changes nothing, unless told to `anyway`.
+    compile next. Where no layer gains (see `gains_nowhere`) it changes nothing, unless told to `anyway`; with `every`
+    layer, the filter is left out.
     Raises UserError when the pipeline is compiled already.
     Source: diffusers' "Accelerate inference" tutorial; https://github.com/pytorch/ao. Introduced in notebooks/06_int8.
     """
     if any(compiled_parts(model) for model in _models(pipe).values()):
         raise UserError("a compiled pipeline cannot be quantised: load it again and apply int8 before compile")
     quantization = _torchao()
-    layers = explain(pipe, anyway)
+    layers = explain(pipe, anyway, every)
     for model, root in _models(pipe).items():
         chosen = {layer.name for layer in layers if layer.model == model and layer.quantised}
         quantization.swap_conv2d_1x1_to_linear(root, lambda part, name: isinstance(part, nn.Conv2d) and name in chosen)

@@ -5,18 +5,23 @@ import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, pathfigures, peerfigures, results, sentences, tables, timefigures
+from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, records, results, sentences, tables, timefigures
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json", "*-engine.json")
+STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json")
+COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
-STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget}
+STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget, "levels": tables.levels}
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
 PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
 
-MEASURED = {"path": "a process a row, one after the other", "peers": "all rows side by side, a picture each in turn"}
+MEASURED = {
+    "path": "a process a row, one after the other",
+    "peers": "all rows side by side, a picture each in turn",
+    "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
+}
 
 text = tables.text
 
@@ -55,9 +60,9 @@ def _duration(seconds):
 
 
 def add(out, root=None):
-    """Copy the studies that were measured into `out`, with their pictures and searches, to figures/data/<machine>.
+    """Copy the studies that were measured into `out`, with pictures, records and searches, to figures/data/<machine>.
 
-    Returns their names. Pictures of an older measurement go. Raises UserError when `out` holds no study.
+    Returns their names. What an older measurement left beside them goes. Raises UserError when `out` holds no study.
     """
     found = _studies(Path(out))
     if not found:
@@ -65,11 +70,11 @@ def add(out, root=None):
     for path in found:
         result = results.read(path)
         target = Path(root or ROOT) / "figures" / "data" / results.machine_name(result["environment"]) / path.stem
-        pictures = sorted(path.with_suffix("").glob("[0-9]*-*.png"))
-        for picture in pictures:
-            results.write_whole(target / picture.name, picture.read_bytes())
-        for old in target.glob("[0-9]*-*.png"):
-            if old.name not in [picture.name for picture in pictures]:
+        beside = {file.name: file for pattern in COPIED for file in path.with_suffix("").glob(pattern)}
+        for name, file in sorted(beside.items()):
+            results.write_whole(target / name, file.read_bytes())
+        for old in (file for pattern in COPIED for file in target.glob(pattern)):
+            if old.name not in beside:
                 old.unlink()
         results.write(target.with_suffix(".json"), result)
         for searched in (Path(out) / "cache").glob(f"{result['settings']['model']}{results.SEARCHES}"):
@@ -116,6 +121,8 @@ def _stale(root):
 def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
     result, pictures = results.read(path), path.with_suffix("")
+    if tables.is_quality(result):  # the gate's few pictures are for the tests alone
+        return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
     if tables.is_peers(result):
         drawings = {"": partial(peerfigures.peers_figure, path)}
         if path.stem.endswith("-peers"):

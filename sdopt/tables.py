@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, results
+from sdopt import figures, qualitytables, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -29,7 +29,10 @@ def table(result):
     A row that failed has its reason in place of its numbers. A column that no row fills (what random weights draw is
     not judged) is left out.
     """
-    header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
+    if is_quality(result):
+        header, lines = qualitytables.HEADER, qualitytables.lines(result)
+    else:
+        header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
     filled = [k for k in range(len(header)) if k == 0 or any(line[k] for line in lines[1:])]
     return [[line[k] for k in filled] for line in lines]
@@ -38,6 +41,11 @@ def table(result):
 def is_peers(result):
     """Whether the rows of a study took turns: others' ways beside each other, or beside the engine."""
     return result["study"].endswith(("-peers", "-engine"))
+
+
+def is_quality(result):
+    """Whether a study is about what many pictures show: its rows have intervals, and no step before."""
+    return result["study"].endswith(("-quality", "-gate"))
 
 
 def _measured(result):
@@ -103,6 +111,8 @@ def _gain(row, other):
 def remarks(result):
     """What the table cannot say: how rows were compiled, attended and clocked, and the steps that did not help."""
     rows, said = _measured(result), []
+    if is_quality(result):
+        return [*qualitytables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}
@@ -215,6 +225,12 @@ def markdown(result):
     grid = _grid(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
+
+
+def levels(result):
+    """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
+    grid = _grid(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
+    return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
 
 
 def kernels(result):

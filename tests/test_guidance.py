@@ -12,8 +12,10 @@ from diffusers import (
 )
 from tiny import draw, unet_batches
 
+from sdopt.compilation import compile_pipeline
 from sdopt.errors import UserError
-from sdopt.guidance import cutoff, interval
+from sdopt.guidance import cutoff, guided_steps, interval, samples
+from sdopt.timing import around_calls
 
 GREY = np.full((1, 64, 64, 3), 0.5, dtype=np.float32)
 HALF = np.concatenate([np.zeros((1, 64, 32, 1)), np.ones((1, 64, 32, 1))], axis=2).astype(np.float32)
@@ -97,6 +99,40 @@ def test_an_interval_guides_in_the_middle(pipe):
     # the first step comes before any callback
     assert batches_of(pipe, **call) == [2, 1, 1, 2, 2, 2, 1, 1, 1, 1]
     np.testing.assert_array_equal(draw(pipe, **interval(pipe, 0, 1)), draw(pipe))
+
+
+GRID = [(start, stop) for start in (0.0, 0.1, 0.25, 0.9) for stop in (0.2, 0.45, 1.0) if start < stop]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_an_interval_costs_the_samples_it_says(pocket, steps):
+    small = {"height": 16, "width": 16, "num_inference_steps": steps}
+    for start, stop in GRID:
+        assert sum(batches_of(pocket, **small, **interval(pocket, start, stop))) == samples(steps, start, stop)
+    for stop in (0.0, 0.01, 0.4, 1.0):
+        assert sum(batches_of(pocket, **small, **cutoff(pocket, stop))) == samples(steps, stop=stop)
+
+
+def test_what_samples_cost_is_plain():
+    assert [samples(30, stop=stop) for stop in (0, 0.2, 0.4, 1)] == [30, 36, 42, 60]
+    assert samples(30, 0.2, 0.6) == 30 + 12 + 1, "the first step comes before any callback"
+    assert all(samples(steps, 0.0, stop) == steps + guided_steps(stop, steps) for steps in (5, 30) for _, stop in GRID)
+
+
+def test_an_interval_saves_as_much_when_compiled(pocket, fresh_compiler):
+    """Counted around the calls: a hook would be traced."""
+    call = {"num_inference_steps": 5} | interval(pocket, 0.4, 0.8)
+    eager, seen = draw(pocket, **call), []
+    compile_pipeline(pocket, backend="aot_eager")
+
+    def counted(run, sample, *args, **kwargs):
+        seen.append(len(sample))
+        return run(sample, *args, **kwargs)
+
+    with around_calls(pocket.unet, counted):
+        compiled = draw(pocket, **call)
+    assert seen == [2, 1, 2, 2, 1] and sum(seen) == samples(5, 0.4, 0.8)
+    np.testing.assert_allclose(compiled, eager, rtol=0, atol=1e-4)
 
 
 def test_image_to_image_counts_the_steps_that_run(pocket):

@@ -2,10 +2,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdopt.errors import UserError
-from sdopt.quality import adherence, drift
+from sdopt.quality import CEILING_DB, adherence, drift, frechet, paired
 
 
 def grey(level, size=(8, 8)):
@@ -67,3 +68,56 @@ def test_a_perfect_score_of_a_few_prompts_is_not_certainty():
     share = adherence([agreement([True, True])] * 5)["objects"]
     assert (share["value"], share["high"]) == (1.0, 1.0)
     assert share["low"] == pytest.approx(0.025 ** (1 / 5))
+
+
+def pictures(n, seed=0):
+    return torch.randint(60, 200, (n, 3, 24, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_paired_drift_is_counted_picture_by_picture():
+    images, latents = pictures(70), torch.randn(70, 4, 3, 3)
+    other = images.clone()
+    other[1] += 10
+    other[69, :, 0, :12] += 50
+    told = paired(other, -2 * latents, images, latents)
+    assert all(len(values) == 70 for values in told.values())
+    assert told["psnr_db"][0] == CEILING_DB and told["ssim"][0] == pytest.approx(1) and told["p99"][0] == 0
+    assert told["psnr_db"][1] == pytest.approx(10 * np.log10(255**2 / 100), abs=1e-3) and told["p99"][1] == 10
+    assert told["p99"][69] == 50, "2 % of the picture are off"
+    assert told["psnr_db"][69] == pytest.approx(10 * np.log10(255**2 / (2500 / 48)), abs=1e-3)
+    assert told["ssim"][1] > told["ssim"][69], "one level for all is hardly seen, half a line is"
+    assert told["latent_cosine"] == pytest.approx([-1] * 70), "of any scale, of which only the direction counts"
+
+
+def test_pictures_that_cannot_be_paired_are_refused():
+    latents = torch.zeros(2, 4, 3, 3)
+    for other in (pictures(3), pictures(2)[..., :10, :10]):
+        with pytest.raises(UserError, match="draw them alike, 11 pixels or more"):
+            paired(other, latents, pictures(2)[..., : other.shape[-2], : other.shape[-1]], latents)
+
+
+def normal(n, seed, mean=0.0, spread=1.0):
+    return mean + spread * torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_frechet_distance_is_that_of_two_normal_distributions():
+    a, b = normal(40_000, 1), normal(40_000, 2, mean=0.5, spread=2.0)
+    told = frechet(a, b, resamples=20)
+    assert told["value"] == pytest.approx(6 * (0.25 + 1), rel=0.02), "6 dimensions: 0.5 apart, spreads 1 and 2"
+    assert told["low"] < told["value"] < told["high"] and told["n"] == 40_000
+    assert frechet(b[:500], b[:500], resamples=20)["value"] == pytest.approx(0, abs=1e-9)
+    slow = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).sqrt().real.sum()
+    by_hand = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * slow
+    assert told["value"] == pytest.approx(by_hand.item(), rel=1e-9)
+
+
+def test_the_bias_of_few_pictures_is_told():
+    """The same distribution twice: all of the distance is for want of pictures."""
+    told = [frechet(normal(100, seed), normal(100, seed + 1), resamples=20) for seed in range(0, 40, 2)]
+    value, bias = (np.mean([t[key] for t in told]) for key in ("value", "bias"))
+    assert value > 0.1 and bias == pytest.approx(value, rel=0.2)
+
+
+def test_too_few_for_a_distance_are_refused():
+    with pytest.raises(UserError, match="give 4 or more of each"):
+        frechet(normal(3, 0), normal(3, 1))

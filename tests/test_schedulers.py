@@ -1,6 +1,11 @@
 import numpy as np
 import pytest
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from tiny import draw, unet_batches
 
 from sdopt.errors import UserError
@@ -15,6 +20,8 @@ MODELS_OWN = ("prediction_type", "timestep_spacing", "beta_schedule", "beta_star
         ("euler", EulerDiscreteScheduler),
         ("euler_ancestral", EulerAncestralDiscreteScheduler),
         ("dpm", DPMSolverMultistepScheduler),
+        ("dpm_karras", DPMSolverMultistepScheduler),
+        ("unipc", UniPCMultistepScheduler),
     ],
 )
 def test_a_new_scheduler_keeps_what_is_the_models_own(pipe, name, cls):
@@ -42,6 +49,16 @@ def test_dpm_comes_closer_to_the_curve_than_euler_in_as_many_steps(pocket):
         use_scheduler(pocket, name)
         error[name] = np.square(draw(pocket, num_inference_steps=12, **settings) - curve).mean()
     assert error["dpm"] < error["euler"] / 2
+
+
+@pytest.mark.parametrize("name", ["dpm_karras", "unipc"])
+def test_the_other_solvers_follow_the_same_curve(pocket, name):
+    """Of 12 steps each, at the size pocket is made for; and Karras's steps are spaced otherwise."""
+    settings = {"height": 256, "width": 256, "guidance_scale": 1, "num_inference_steps": 12}
+    curve = draw(use_scheduler(pocket, "dpm"), **settings)
+    own = pocket.scheduler.sigmas
+    assert np.square(draw(use_scheduler(pocket, name), **settings) - curve).mean() < 10 ** (-25 / 10)
+    assert np.allclose(pocket.scheduler.sigmas, own, rtol=1e-3) == (name == "unipc")
 
 
 def test_applied_twice_it_changes_nothing(pocket):

@@ -21,8 +21,8 @@ class Judge:
 
     def __init__(self, shared, folder=None):
         runs, batch = shared["runs"], shared["batch"]
-        asked = hashlib.sha256(repr(sorted(shared.items())).encode()).hexdigest()[:12]  # never another study's pictures
-        self.scenes, self.folder = None, folder and folder / asked
+        self.asked = hashlib.sha256(repr(sorted(shared.items())).encode()).hexdigest()[:12]  # never another study's pictures
+        self.scenes, self.folder = None, folder and folder / self.asked
         texts = [shared["prompt"]] * (runs * batch)
         if shared["model"] == "pocket":
             prompts = test_prompts(runs * batch)

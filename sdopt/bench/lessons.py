@@ -10,7 +10,6 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
-from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from sdopt import (
@@ -205,7 +204,7 @@ def tradeoff(device, variants=VARIANTS, prompts=768, runs=3, batch=256, tell=lam
     for row, variant in zip(tqdm(rows, desc="pictures"), variants):
         images = _draw(pipes, variant, model, asked, batch)
         seen = quality.seen([(p.text, p.scene) for p in asked], images)
-        row["quality"] = seen | {"against_60_steps": quality.share(_psnr_db(images, reference))}
+        row["quality"] = seen | {"against_60_steps": quality.share([(db,) for db in quality.psnr_db(images, reference).tolist()])}
     return rows
 
 
@@ -216,21 +215,9 @@ def _prepared(pipes, variant):
 
 def _draw(pipes, variant, model, asked, batch):
     """One picture a prompt, uint8 [N, 3, H, W]; prompt i starts from the noise of seed i."""
-    images = []
-    for start in range(0, len(asked), batch):
-        texts = tuple(p.text for p in asked[start : start + batch])
-        seeds = tuple(range(start, start + len(texts)))
-        task = drawing.Task(model.height, model.width, variant.steps, model.guidance_scale, (texts,), (seeds,))
-        pipe, call = _prepared(pipes, variant)
-        images.append((drawing.drawer(pipe, task, **call)(0, "pt").float() * 255).round().to(torch.uint8))
-    return torch.cat(images)
-
-
-def _psnr_db(images, reference):
-    """The PSNR of every picture, as `quality.share` takes it."""
-    one_by_one = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
-    pairs = zip(images.split(64), reference.split(64))
-    return [(db,) for a, b in pairs for db in peak_signal_noise_ratio(a.float(), b.float(), **one_by_one).tolist()]
+    task = drawing.gallery(model, asked, batch)
+    pipe, call = _prepared(pipes, variant)
+    return torch.cat([images for images, _ in drawing.pictures(pipe, task, **call)])
 
 
 def main(argv=None) -> int:

@@ -55,3 +55,10 @@ def xformers(pipe):
     if reason:
         raise UserError(reason)
     return pipe
+
+
+def int8_every_layer(pipe):
+    """int8 wherever a product of whole numbers can be computed at all, then compiled as the path does."""
+    quantization.int8(pipe, every=True)
+    compilation.compile_pipeline(compilation.channels_last(pipe))
+    return pipe

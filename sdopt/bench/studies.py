@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sdopt import models, path, quantization, results
-from sdopt.bench import recipes
+from sdopt.bench import recipes, sweeps
 from sdopt.bench.row import Recipe
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
@@ -16,17 +16,22 @@ NINE = tuple(path.NUMBERS)
 EAGER = ("bf16", "sdpa")
 NEEDED_BYTES = 64 * 2**20
 LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
+GATE_STEPS = 5
 
 
 @dataclass(frozen=True)
 class Study:
-    """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn."""
+    """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn; "quality": rows
+    that share a pipeline in one process, each timed and then judged by `pictures` of it.
+    """
 
     name: str
     kind: str
     model: str
     weights: str
     runs: int
+    steps: int | None = None  # None: the model's own
+    pictures: int | None = None
 
 
 STUDIES = {
@@ -40,6 +45,8 @@ STUDIES = {
         Study("pocket-engine", "peers", "pocket", "shipped", 15),
         Study("sd15-engine", "peers", "sd15", "random", 15),
         Study("sdxl-engine", "peers", "sdxl", "random", 9),
+        Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
+        Study("pocket-gate", "quality", "pocket", "shipped", 1, steps=GATE_STEPS, pictures=24),
     )
 }
 
@@ -51,10 +58,13 @@ def study(name):
     return STUDIES[name]
 
 
-def settings(name, weights=None, height=None, width=None, steps=None, batch=1, runs=5):
-    """The settings every row of a model shares: its own, with what is given instead. Raises UserError for bad ones."""
+def settings(name, weights=None, height=None, width=None, steps=None, batch=1, runs=5, pictures=None):
+    """The settings every row of a model shares: its own, with what is given instead. Raises UserError for bad ones.
+
+    `pictures`: how many each row of a quality study draws to be judged, None for the other studies.
+    """
     model = models.model(name)
-    for option, value in (("steps", steps), ("batch", batch), ("runs", runs)):
+    for option, value in (("steps", steps), ("batch", batch), ("runs", runs), ("pictures", pictures)):
         if value is not None and value < 1:
             raise UserError(f"--{option} {value} is too few: use 1 or more")
     height = model.height if height is None else height
@@ -72,7 +82,7 @@ def settings(name, weights=None, height=None, width=None, steps=None, batch=1, r
         "seed": 0,
         "prompt": test_prompts(1)[0].text if name == "pocket" else model.prompt,
         "runs": runs,
-    }
+    } | ({"pictures": pictures} if pictures else {})
 
 
 def nine(steps, cutoff=0.4):
@@ -83,6 +93,8 @@ def nine(steps, cutoff=0.4):
 
 def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
+    if study.kind == "quality":
+        return sweeps.gate_rows(steps) if study.name.endswith("-gate") else sweeps.rows(device, steps)
     options = {"cutoff": 0.4, "steps": steps}
     if study.name.endswith("-engine"):
         whole = Recipe(
@@ -115,13 +127,13 @@ def chosen(rows, only):
     return [row for row in rows if row.id in wanted]
 
 
-def check_room(out):
+def check_room(out, shared):
     """Raise UserError unless `out` is a folder that can be written to, or made one, with room for a study."""
-    out = Path(out)
+    out, needed = Path(out), NEEDED_BYTES + shared.get("pictures", 0) * 4 * shared["height"] * shared["width"]
     results.write_whole(out / ".room", b"")
     (out / ".room").unlink()
     free = shutil.disk_usage(out).free
-    if free < NEEDED_BYTES:
+    if free < needed:
         raise UserError(f"only {free / 2**20:.0f} MiB are free for {out}: make room or give another folder with --out")
 
 
@@ -130,10 +142,13 @@ def estimate(rows, recorded, shared):
 
     What was recorded with another size, number of steps or batch than `shared` says nothing.
     """
-    alike = recorded and all(recorded["settings"][key] == shared[key] for key in ("height", "width", "steps", "batch"))
+    sizes = ("height", "width", "steps", "batch", "pictures")
+    alike = recorded and all(recorded["settings"].get(key) == shared.get(key) for key in sizes)
     took, runs = {}, shared["runs"]
     for row in recorded["rows"] if alike else ():
-        if row["status"] == "ok":
+        if "took_s" in row:
+            took[row["id"]] = sum(row["took_s"].values()) + ("load" in row["took_s"]) * LOAD_S
+        elif row["status"] == "ok":
             calls = row.get("first_calls", {})
             first = sum(calls.get(key) or 0 for key in ("cold_s", "warm_s")) or row["first_call_s"]
             took[row["id"]] = (1 + (len(calls) > 0)) * LOAD_S + first + (runs + 3) * row["latency_s"]["median"]

@@ -73,16 +73,29 @@ class Oracle(nn.Module):
     @torch.no_grad()
     def read(self, pictures: list[Image.Image] | torch.Tensor, batch: int = 64) -> list[Reading]:
         """Read pictures: PIL images, or uint8 [N, 3, H, W]; other sizes than 256 are scaled. One reading each."""
-        parameter = next(self.parameters())
         readings = []
+        for pixels in self._batches(pictures, batch):
+            out = {k: v.float().cpu() for k, v in self(pixels).items()}
+            readings += [_decode({k: v[i] for k, v in out.items()}) for i in range(len(pixels))]
+        return readings
+
+    @torch.no_grad()
+    def features(self, pictures: list[Image.Image] | torch.Tensor, batch: int = 64) -> torch.Tensor:
+        """What the oracle reads the setting from, its deepest layer over the whole picture: float32 [N, 128].
+
+        Pictures as for `read`. For a Frechet distance, in place of the Inception network's features.
+        """
+        batches = self._batches(pictures, batch)
+        return torch.cat([self.coarse(self.fine(pixels)).mean((2, 3)).float() for pixels in batches])
+
+    def _batches(self, pictures, batch):
+        parameter = next(self.parameters())
         for start in range(0, len(pictures), batch):
             pixels = to_pixels(pictures[start : start + batch]).to(parameter.device)
             pixels = pixels.to(parameter.dtype) / 127.5 - 1
             if pixels.shape[-2:] != (SIZE, SIZE):
                 pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bilinear", antialias=True)
-            out = {k: v.float().cpu() for k, v in self(pixels).items()}
-            readings += [_decode({k: v[i] for k, v in out.items()}) for i in range(len(pixels))]
-        return readings
+            yield pixels
 
 
 def to_pixels(pictures: list[Image.Image] | torch.Tensor) -> torch.Tensor:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
 from sdopt.pocket.captions import Prompt, prompts
 from sdopt.pocket.oracle import Oracle, load_oracle
 from sdopt.pocket.scenes import Agreement, Reading, Scene
 from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes, pictures
-from sdopt.quality import adherence, share
+from sdopt.quality import adherence, psnr_db, share
 from sdopt.timing import latency, measure
 
 STEPS = 30
@@ -32,12 +31,6 @@ def load(weights: Path, device):
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
     """Decoded pictures from -1 to 1 as uint8, as a pipeline rounds them."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> list[tuple[float]]:
-    """PSNR of every picture in dB, uint8 against uint8."""
-    values = peak_signal_noise_ratio(a.float(), b.float(), data_range=255.0, dim=(1, 2, 3), reduction="none")
-    return [(v,) for v in values.tolist()]
 
 
 def judge(asked: list[Scene] | list[Prompt], readings: list[Reading]) -> list[Agreement]:
@@ -80,9 +73,9 @@ def measure_parts(vae, tiny, oracle: Oracle, device, n: int) -> dict:
         "oracle_exact": share([(a.exact,) for a in read]),
         "oracle_objects_shuffled": adherence(shuffled)["objects"],
         "oracle_relations_shuffled": adherence(shuffled)["relations"],
-        "vae_psnr_db": share(psnr(full, images)),
+        "vae_psnr_db": share([(db,) for db in psnr_db(full, images).tolist()]),
         "vae_oracle_objects": adherence(redrawn)["objects"],
-        "tiny_vae_psnr_db": share(psnr(small, full)),
+        "tiny_vae_psnr_db": share([(db,) for db in psnr_db(small, full).tolist()]),
         "tiny_vae_oracle_objects": adherence(tiny_redrawn)["objects"],
     }
 

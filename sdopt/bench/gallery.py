@@ -1,0 +1,166 @@
+"""What happens in the process of a quality study: a pipeline is prepared once, then row after row timed, drawn and judged."""
+
+import io
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdopt import compilation, drawing, guidance, models, quality, records, results, schedulers
+from sdopt.bench import sensors
+from sdopt.bench.process import RowFailed
+from sdopt.bench.row import as_run, prepare
+from sdopt.bench.sweeps import REFERENCE
+from sdopt.pocket.captions import test_prompts
+from sdopt.pocket.oracle import load_oracle
+from sdopt.pocket.renderer import render
+
+PICTURES = "pictures"  # the phase after all that is timed
+AT_ONCE = {"cuda": 256, "cpu": 8}  # pictures a call
+RENDERED = {"cuda": 128, "cpu": 4}
+ENOUGH = 256  # pictures for a Frechet distance: of fewer than the 128 features, a covariance says nothing
+SHEET, SIDE = 24, 64  # the reference's first pictures, and how small they are kept for people to see
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where the processes of a study leave things for each other: the reference's pictures, the renders' features."""
+
+    folder: Path
+
+    @property
+    def pictures(self):
+        return self.folder / "pictures.npy"
+
+    @property
+    def latents(self):
+        return self.folder / "latents.npy"
+
+    @property
+    def real(self):
+        return self.folder / "real.npy"
+
+    def put(self, path, array):
+        file = io.BytesIO()
+        np.save(file, array)
+        results.write_whole(path, file.getbuffer())
+
+
+def begin(state, tell, job):
+    """Load and prepare the pipeline of `job`, for the rows that share it; returns the seconds it took."""
+    start = time.perf_counter()
+    pipe, _ = prepare(job, tell)
+    state |= {"pipe": pipe, "scheduler": pipe.scheduler, "drawn": None}
+    return time.perf_counter() - start
+
+
+def real(state, tell, device, pictures, shelf):
+    """Render the scenes of the first `pictures` test prompts, and keep what the oracle makes of them: [pictures, 128]."""
+    tell("renders")
+    scenes, at_once = [prompt.scene for prompt in test_prompts(pictures)], RENDERED[device]
+    oracle, features = load_oracle().to(device), []
+    for start in range(0, pictures, at_once):
+        with _exactly():
+            features.append(oracle.features(render(scenes[start : start + at_once], device=device)).cpu())
+    shelf.put(shelf.real, torch.cat(features).numpy())
+
+
+def measure(state, tell, job, pictures, shelf):
+    """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does.
+
+    Graphs are compiled for the size that is timed and for that of the many pictures as such, not for any size.
+    """
+    recipe, pipe = job.recipe, state["pipe"]
+    call = sampling(pipe, state["scheduler"], recipe)
+    seen, start = {}, time.perf_counter()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), **call)
+        took = {"timing": time.perf_counter() - start}
+        tell(PICTURES)
+        start = time.perf_counter()
+        judged = judge(pipe, job, pictures, shelf, call)
+        took["pictures"] = time.perf_counter() - start
+    numbers |= {"as_run": as_run(pipe) | {"peak_memory_of": numbers.pop("peak_memory_of")}, "took_s": took}
+    numbers |= {"warm_from": state["drawn"]} if state["drawn"] else {}  # its first call found all of that row's kernels
+    numbers |= ({"gpu": seen} if seen else {}) | ({"graphs": compilation.graphs_so_far()} if recipe.compiles else {})
+    state["drawn"] = state["drawn"] or recipe.id
+    return numbers, *judged
+
+
+def sampling(pipe, own, recipe):
+    """Give `pipe` the scheduler of `recipe`, made from the model's `own`; returns the keywords of a call."""
+    pipe.scheduler = own
+    if recipe.scheduler:
+        models.start_at_step_zero(schedulers.use_scheduler(pipe, recipe.scheduler))
+    call = {"num_inference_steps": recipe.num_steps} if recipe.num_steps else {}
+    if recipe.start:
+        return call | guidance.interval(pipe, recipe.start, recipe.stop)
+    return call | guidance.cutoff(pipe, recipe.stop)
+
+
+def judge(pipe, job, pictures, shelf, call):
+    """Draw a picture for each of the first `pictures` test prompts by `call`; returns their record and Frechet distance.
+
+    The reference leaves its pictures on the shelf, the others compare with them. They are drawn many a call, which
+    changes their rounding and no more. The distance is None for fewer than ENOUGH. Raises RowFailed where there is
+    nothing to compare with.
+    """
+    recipe, device = job.recipe, pipe.device.type
+    if recipe.compares and not shelf.pictures.exists():
+        raise RowFailed(f"there are no pictures to compare with: {REFERENCE} was not drawn")
+    others = [np.load(path, mmap_mode="r") for path in (shelf.pictures, shelf.latents)] if recipe.compares else []
+    task = drawing.gallery(models.model(job.model), test_prompts(pictures), AT_ONCE[device], recipe.seed)
+    task = replace(task, height=job.height, width=job.width, steps=job.steps, guidance_scale=job.guidance_scale)
+    oracle = load_oracle().to(device)
+    agreements, features, drift, drawn, done = [], [], {}, [], 0
+    for images, latents in drawing.pictures(pipe, task, **call):
+        part = slice(done, done := done + len(images))
+        with _exactly():
+            agreements += quality.agreements(task.scenes[part], images)
+            features.append(oracle.features(images))
+            if recipe.compares:
+                theirs = (torch.from_numpy(other[part].copy()).to(device) for other in others)
+                paired = quality.paired(images, latents, *theirs)
+                drift = {name: drift.get(name, []) + values for name, values in paired.items()}
+        if recipe.id == REFERENCE:
+            drawn.append((images.cpu(), latents.cpu()))
+    if drawn:
+        _keep(shelf, *(torch.cat(parts).numpy() for parts in zip(*drawn, strict=True)))
+    distance = None
+    if pictures >= ENOUGH:
+        distance = quality.frechet(torch.cat(features).cpu(), torch.from_numpy(np.load(shelf.real)))  # many small matrices
+    return records.of(agreements, drift), distance
+
+
+def _keep(shelf, images, latents):
+    """Leave the reference for the other rows; the pictures last, for where they are all is there."""
+    file = io.BytesIO()
+    sheet(images).save(file, "PNG")
+    results.write_whole(shelf.folder.with_name("reference.png"), file.getvalue())
+    shelf.put(shelf.latents, latents)
+    shelf.put(shelf.pictures, images)
+
+
+def sheet(images):
+    """The first pictures of uint8 [N, 3, H, W], small, in lines of six: a PIL image."""
+    small = [Image.fromarray(image.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
+    small = small[:SHEET]
+    page = Image.new("RGB", (6 * SIDE, -(-len(small) // 6) * SIDE))
+    for k, picture in enumerate(small):
+        page.paste(picture, (k % 6 * SIDE, k // 6 * SIDE))
+    return page
+
+
+@contextmanager
+def _exactly():
+    """Within, convolutions do not round to TF32: SSIM takes small differences of large numbers."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,66 @@
+"""Which rows of a quality study to take: the front of quality against latency, and three levels on it by a stated rule."""
+
+from sdopt import results
+from sdopt.errors import UserError
+
+REFERENCE = "baseline_fp32"
+YARDSTICKS = ("noise_bf16", "bf16")  # bf16 against fp32, attention by SDPA and by the formula: two ways to round
+FACTS = ("objects", "relations")
+WHOLE = "prompts_all_right"
+DRIFT = ("psnr_db", "ssim")
+LOST = {"balanced": 0.02, "fastest": 0.10}  # how much of the objects, and of the relations, may be lost at most
+LEVELS = ("lossless", *LOST)
+ABOUT = ("steps", "scheduler", "cutoff", "start", "stop", "seed", "int8_anyway", "int8_every_layer")
+
+
+def pareto(result):
+    """The rows of a quality study that no other beats, the fastest first: none is as fast and has more prompts all right.
+
+    By median latency and the share of prompts of which everything is in the picture; yardsticks are no candidates.
+    """
+    best, front = -1.0, []
+    quality = lambda row: row["quality"][WHOLE]["value"]
+    for row in sorted(_candidates(result), key=lambda row: (row["latency_s"]["median"], -quality(row))):
+        if quality(row) > best:
+            best = quality(row)
+            front.append(row)
+    return front
+
+
+def recommended(result):
+    """{"lossless": row, "balanced": row, "fastest": row} of a quality study: of those that qualify, the fastest.
+
+    lossless: the drift from the baseline is within what bf16 alone does to it (mean PSNR and SSIM no lower than the
+    intervals of YARDSTICKS reach), and adherence within the baseline's interval and not clearly worse (paired by prompt).
+    balanced, fastest: no more than LOST of the objects, nor of the relations, is lost, even at the worse end of the
+    paired interval; the drift may be any. The baseline qualifies for all. Raises UserError where it or the yardstick was
+    not measured.
+    """
+    rows = {row["id"]: row for row in result["rows"] if row["status"] == "ok"}
+    missing = [i for i in (REFERENCE, YARDSTICKS[0]) if i not in rows]
+    if missing:
+        raise UserError(f"{result['study']} holds no {missing[0]} to compare with: measure that row")
+    base, noise = rows[REFERENCE]["quality"], [rows[i]["quality"] for i in YARDSTICKS if i in rows]
+    floor = {name: min(quality[name]["low"] for quality in noise) for name in DRIFT}
+
+    def qualifies(level, quality):
+        if quality["change"] is None:
+            return True
+        if level in LOST:
+            return all(quality["change"][fact]["low"] >= -LOST[level] for fact in FACTS)
+        within = all(quality[name] and quality[name]["value"] >= floor[name] for name in DRIFT)
+        kept = all(quality[f]["value"] >= base[f]["low"] and quality["change"][f]["high"] >= 0 for f in FACTS)
+        return within and kept
+
+    by_latency = sorted(_candidates(result), key=lambda row: row["latency_s"]["median"])
+    return {level: next(row for row in by_latency if qualifies(level, row["quality"])) for level in LEVELS}
+
+
+def speedup(row, result):
+    """How many times faster a row is than the baseline of its study, and whether clearly so: see `results.compare`."""
+    base = next(row for row in result["rows"] if row["id"] == REFERENCE)
+    return results.compare(row, base, about=ABOUT)
+
+
+def _candidates(result):
+    return [row for row in result["rows"] if row["status"] == "ok" and row["family"] != "noise"]
