@@ -147,7 +147,7 @@ def test_upsample_conv(device, dtype, shape, outputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("positions", "tokens", "heads", "width"), [(70, 77, 2, 64), (5, 154, 3, 40), (1, 1, 1, 8), (64, 256, 1, 3), (0, 7, 1, 8)]
+    ("positions", "tokens", "heads", "width"), [(70, 77, 2, 64), (5, 154, 3, 24), (1, 1, 1, 8), (64, 256, 1, 3), (0, 7, 1, 8)]
 )
 @pytest.mark.parametrize("joined", [False, True])
 def test_prompt_attention(device, dtype, positions, tokens, heads, width, joined):
@@ -187,6 +187,12 @@ def test_bytes_are_counted():
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
 
 
+def test_few_keys_are_as_many_as_a_program_can_hold():
+    keys = lambda tokens, width, dtype: torch.empty(1, tokens, 2 * width, dtype=dtype)
+    held = [(128, 128, torch.half), (256, 64, torch.half), (77, 160, torch.half), (77, 64, torch.float), (77, 80, torch.float)]
+    assert [prompt_attention.fits(keys(*size), 2) for size in held] == [True, True, False, True, False]
+
+
 LAST = {"memory_format": torch.channels_last}
 WRONG = {
     "not channels_last": (
@@ -214,11 +220,11 @@ WRONG = {
     ),
     "too many tokens": (
         lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), *[torch.ones(1, 257, 8)] * 2, 2),
-        "1 to 256 tokens",
+        "257 tokens and 2 heads .* too much",
     ),
     "heads": (
         lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), *[torch.ones(1, 7, 8)] * 2, 3),
-        "heads of 1 to 256",
+        "3 heads of 8 numbers are none",
     ),
     "values": (
         lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), torch.ones(1, 7, 8), torch.ones(1, 6, 8), 2),

@@ -21,7 +21,7 @@ from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
 from sdopt.kernels.group_norm import group_norm
-from sdopt.kernels.prompt_attention import MOST_KEYS, WIDEST, prompt_attention
+from sdopt.kernels.prompt_attention import fits, prompt_attention
 from sdopt.kernels.softmax import softmax
 from sdopt.kernels.upsample_conv import upsample_conv
 
@@ -143,7 +143,7 @@ def _attended(attn, x, text):
     else:
         q = attn.to_q(x)
         k, v = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
-        if text is not None and k.shape[1] <= MOST_KEYS and q.shape[2] <= attn.heads * WIDEST:
+        if text is not None and fits(k, attn.heads):
             return attn.to_out[0](prompt_attention(q, k, v, attn.heads))
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

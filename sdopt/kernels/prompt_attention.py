@@ -17,7 +17,8 @@ from sdopt.errors import UserError
 from sdopt.kernels import launch
 
 NAME = "prompt_attention"
-MOST_KEYS, WIDEST = 256, 256  # tokens, and numbers of a head, that a program can hold
+MOST_KEYS = 256  # for each of a tile's queries a score a key lies in a program's registers
+MOST = 2**15  # bytes of one head's keys: with as many of values they have to fit into the smallest multiprocessors
 QUERIES = 64  # of a tile
 LOG2_E = 1.4426950408889634  # powers of two are what a GPU computes: exp(x) = 2 ** (x * log2(e))
 
@@ -25,16 +26,15 @@ LOG2_E = 1.4426950408889634  # powers of two are what a GPU computes: exp(x) = 2
 def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     """`q`: [batch, positions, heads * d], contiguous; `k`, `v`: [batch, tokens, heads * d], each row of which is contiguous.
 
-    float32, float16 or bfloat16, all of one dtype; returns the shape of `q`. At most 256 tokens, heads of at most 256.
-    Scores and sums in float32. Raises UserError for other shapes, layouts or dtypes. Source:
-    https://arxiv.org/abs/1706.03762.
+    float32, float16 or bfloat16, all of one dtype; returns the shape of `q`. For few keys: see `fits`. Scores and sums in
+    float32. Raises UserError for other shapes, layouts or dtypes. Source: https://arxiv.org/abs/1706.03762.
     """
     launch.check(NAME, q, k=k, v=v)
     launch.check_shape(NAME, "q", q, tuple(q.shape))
     batch, positions, channels = q.shape if q.ndim == 3 else (0, 0, 0)
     tokens, width = k.shape[1] if k.ndim == 3 else 0, channels // heads if channels % heads == 0 else 0
-    if not (0 < tokens <= MOST_KEYS and 0 < width <= WIDEST):
-        raise UserError(f"{NAME} takes 1 to {MOST_KEYS} tokens and heads of 1 to {WIDEST} numbers, not {tokens}, {width}")
+    if not (tokens and width and fits(k, heads)):
+        raise UserError(f"{NAME}: {tokens} tokens and {heads} heads of {channels} numbers are none, or too much to hold")
     for name, tensor in (("k", k), ("v", v)):
         if tuple(tensor.shape) != (batch, tokens, channels) or tensor.stride(2) != 1 or tensor.dtype is not q.dtype:
             raise UserError(f"{NAME}: {name} is not [{batch}, {tokens}, {channels}] of {q.dtype} with contiguous rows")
@@ -42,11 +42,24 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: i
     if out.numel():
         _prompt_attention[(triton.cdiv(positions, QUERIES), heads, batch)](
             *(q, k, v, out, positions, tokens, channels, *k.stride()[:2], *v.stride()[:2], width**-0.5 * LOG2_E),
-            *(QUERIES, max(16, triton.next_power_of_2(tokens)), max(16, triton.next_power_of_2(width)), width),
+            *(QUERIES, _padded(tokens), _padded(width), width),
             launch.INTERPRETED or q.dtype is torch.float32,
             num_warps=4,
         )
     return out
+
+
+def fits(k: torch.Tensor, heads: int) -> bool:
+    """Whether a program can hold the keys `k`, [batch, tokens, heads * d], of one head.
+
+    In 16 bits 128 tokens with heads of up to 128, or 256 with heads of up to 64.
+    """
+    return k.shape[1] <= MOST_KEYS and _padded(k.shape[1]) * _padded(k.shape[2] // heads) * k.itemsize <= MOST
+
+
+def _padded(n):
+    """The size of a tile for `n` numbers: a power of two, and no less than tensor cores take."""
+    return max(16, triton.next_power_of_2(n))
 
 
 def reference(q, k, v, heads):
