@@ -9,10 +9,10 @@ import torch
 from sdopt import models, path, quantization, results
 from sdopt.bench import recipes, sweeps
 from sdopt.bench.row import Recipe
+from sdopt.bench.sweeps import NINE
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
 
-NINE = tuple(path.NUMBERS)
 EAGER = ("bf16", "sdpa")
 NEEDED_BYTES = 64 * 2**20
 LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
@@ -46,7 +46,7 @@ STUDIES = {
         Study("sd15-engine", "peers", "sd15", "random", 15),
         Study("sdxl-engine", "peers", "sdxl", "random", 9),
         Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
-        Study("pocket-gate", "quality", "pocket", "shipped", 1, steps=GATE_STEPS, pictures=24),
+        Study("pocket-gate", "quality", "pocket", "shipped", 3, steps=GATE_STEPS, pictures=24),
     )
 }
 
