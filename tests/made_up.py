@@ -1,5 +1,10 @@
-"""Result files of path and peer studies with made-up numbers, and pictures to go with them."""
+"""Result files of path and peer studies with made-up numbers, pictures to go with them, and a study that is killed."""
 
+import multiprocessing
+import os
+import signal
+
+import pytest
 from PIL import Image
 
 from sdopt import results
@@ -152,3 +157,19 @@ def run_folder(folder, made=None, **settings):
             picture.parent.mkdir(exist_ok=True)
             Image.new("RGB", (16, 16), (n * 20, 90, 200)).save(picture)
     return folder
+
+
+def until_killed(study, writes):
+    """`study()` in this process, a worker's, which is killed as it is about to write a result for the `writes`-th time."""
+    write, count = results.write, []
+
+    def write_or_die(path, result):
+        count.append(path)
+        if len(count) == writes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(multiprocessing.process.current_process()._config, "daemon", False)  # so that it may have children
+        patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
+        return study()

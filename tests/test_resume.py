@@ -1,11 +1,9 @@
-import multiprocessing
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 from made_up import row as made_up_row
+from made_up import until_killed
 
 from sdopt import results
 from sdopt.bench import peers, process, studies, walk
@@ -78,20 +76,7 @@ def study(out, kind, runs=2, shared=SHARED):
 
 def study_until_killed(state, tell, out, kind, writes, runs):
     """The same, killed as it is about to write its file for the `writes`-th time."""
-    write, count = results.write, []
-
-    def write_or_die(path, result):
-        count.append(path)
-        if len(count) == writes:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, result)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            multiprocessing.process.current_process()._config, "daemon", False
-        )  # so that it may have children
-        patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
-        return study(out, kind, runs)
+    return until_killed(lambda: study(out, kind, runs), writes)
 
 
 def killed(out, kind, writes, runs=2):

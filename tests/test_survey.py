@@ -1,11 +1,8 @@
-import multiprocessing
-import os
-import signal
-
 import numpy as np
 import pytest
 import torch
 from made_up import row as made_up_row
+from made_up import until_killed
 from tiny import unet_batches
 
 from sdopt import drawing, models, path, quantization, records, results
@@ -59,18 +56,7 @@ def study(out, rows=ROWS, **more):
 
 def study_until_killed(state, tell, out, writes):
     """The same, killed as it is about to write its file for the `writes`-th time."""
-    write, count = results.write, []
-
-    def write_or_die(path, result):
-        count.append(path)
-        if len(count) == writes:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, result)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(multiprocessing.process.current_process()._config, "daemon", False)  # so that it may have children
-        patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
-        return study(out)
+    return until_killed(lambda: study(out), writes)
 
 
 def log(out):
