@@ -21,6 +21,10 @@ PEERS_HEADER = (
 )
 KERNELS_HEADER = ("kernel", "shape", "eager", "torch.compile", "ours", "ours, GB/s", "of a copy's speed")
 FAILED = "failed: "
+COUNTED_IN = {
+    "before_s": "seconds of an earlier process whose search was taken up, which are counted in",
+    "shared_s": "seconds of several processes that searched side by side, added up as one would have taken, counted in",
+}
 
 
 def table(result):
@@ -141,14 +145,14 @@ def _first_calls(rows):
         return []
     found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
     some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
-    taken_up = [
-        f"{i} {figures.seconds(c['before_s'])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get("before_s")
-    ]
-    before = "first call, seconds of an earlier process whose search was taken up, which are counted in: "
+    counted = {
+        part: [f"{i} {figures.seconds(c[part])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get(part)]
+        for part in COUNTED_IN
+    }
     return [
         "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
         f"another process, which finds it there{some}",
-        *([before + ", ".join(taken_up)] if taken_up else []),
+        *(f"first call, {COUNTED_IN[part]}: {', '.join(rows)}" for part, rows in counted.items() if rows),
     ]
 
 

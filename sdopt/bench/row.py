@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
-from sdopt.bench import sensors
+from sdopt.bench import sensors, sharing
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
@@ -55,6 +55,7 @@ class Job:
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
     cache: Path | None = None  # the folder of the compiler's cache, None: PyTorch's own
+    search: str = sharing.ALONE  # how the compiler searches
 
     @property
     def artifacts(self):
@@ -88,17 +89,22 @@ def first_call(state, tell, job):
     """Load, prepare, draw once; `state` keeps what can draw.
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
-    pipeline to its first picture.
+    pipeline to its first picture. Where the search is for LATER, nothing is exported yet, and there are "left", how many
+    kernels it left out, and "processes", how many could search them.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
     took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
-    seconds = timing.seconds_of(state["draw"], job.device)
+    with sharing.applied(job.search, job.cache) as left:
+        seconds = timing.seconds_of(state["draw"], job.device)
+    first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    if job.search == sharing.LATER:
+        return first | {"left": len(left), "processes": sharing.processes()}
     tell(KEEPING)
     _keep_artifacts(job)
-    return {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    return first
 
 
 def settle(state, tell):
