@@ -100,7 +100,7 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
 
     numbers: {"latency_s", "first_call_s", "peak_memory_bytes", "peak_memory_of", "stages_ms"}, a row's as in a result
     file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. The stages are those of
-    the last timed call on a CPU, and of one more call on a GPU, where their marks would take part in what is timed.
+    the last timed call on a CPU, and medians of more calls on a GPU, where their marks would take part in what is timed.
     `tell(phase)` hears what is under way; the timed calls are made within `during`.
     Raises ArithmeticError when latents or a picture hold values that are not finite. Introduced in
     notebooks/00_measure_first.
@@ -123,7 +123,7 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
     timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
     if cuda:
         tell("stages")
-        stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), timing.STAGE_CALLS)
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),

@@ -14,6 +14,7 @@ import torch
 from sdopt.errors import UserError
 
 SETTLING_CALLS = 2  # on a GPU, after the first call and before the timed ones
+STAGE_CALLS = 3  # on a GPU, beside the timed ones
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,19 @@ def share(module, chosen: Callable[[str, torch.nn.Module], bool], call: Callable
     return statistics.median(shares)
 
 
-def stages(pipe, call: Callable[[], object]) -> dict:
-    """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
+def stages(pipe, call: Callable[[], object], calls: int = 1) -> dict:
+    """Where a `call()` spends its time: milliseconds by stage, medians of so many `calls`, and the number of UNet calls.
 
     Returns {"text_encoder", "unet", "unet_calls", "scheduler", "vae"}, VAE encoding included. On a GPU the times are
-    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait; there, give it
-    a call beside the timed ones. A compiled module is timed from outside and not compiled again. Introduced in
-    notebooks/00_measure_first.
+    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait, or for a pause
+    in which Python collects its garbage; there, give it STAGE_CALLS calls beside the timed ones. A compiled module is
+    timed from outside and not compiled again. Introduced in notebooks/00_measure_first.
     """
+    seen = [_stages_of_one(pipe, call) for _ in range(calls)]
+    return {stage: statistics.median(ms[stage] for ms in seen) for stage in seen[0]}
+
+
+def _stages_of_one(pipe, call):
     watch = stopwatch(pipe.unet.device)
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     with ExitStack() as stack:

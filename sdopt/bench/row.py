@@ -138,7 +138,8 @@ def finish(state, tell, job):
     pipe = state["pipe"]
     memory, memory_of, counted = timing.peak_memory(pipe.device.type == "cuda")
     counted.pop("device", None)  # the others' as well
-    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]))
+    calls = timing.STAGE_CALLS if pipe.device.type == "cuda" else 1
+    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]), calls)
     numbers = {"peak_memory_bytes": memory, "stages_ms": stages} | ({"memory_bytes": counted} if counted else {})
     return numbers | how_it_ran(pipe, job, state["call"], memory_of)
 
