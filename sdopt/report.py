@@ -9,7 +9,7 @@ from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, record
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json")
+STUDIES = tuple(f"*-{kind}.json" for kind in ("path", "peers", "engine", "break-even", "stages", "quality", "gate"))
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
@@ -20,6 +20,7 @@ PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipy
 MEASURED = {
     "path": "a process a row, one after the other",
     "peers": "all rows side by side, a picture each in turn",
+    "stages": "a process a row, one after the other, each stage predicted before it is timed",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
 }
 
