@@ -112,22 +112,22 @@ def formats(operators: Iterable[Operator]) -> set[str]:
 def ceilings(device: str, formats: Iterable[str] = ("float32",), side: int | None = None, copied: int | None = None):
     """Measure `Ceilings`: a square product in each of the `formats`, a copy, and a sum of two numbers, asked for by Python.
 
-    `side` of the matrices and bytes `copied`: None takes SIDE and COPIED. Some seconds. Introduced in
+    Of each the best of some rounds. `side` of the matrices and bytes `copied`: None takes SIDE and COPIED. Some seconds. Introduced in
     notebooks/10_the_whole_path.
     """
     kind = torch.device(device).type
     side, copied = side or SIDE[kind], copied or COPIED[kind]
-    rates = {name: 2 * side**3 / product_seconds(name, side, device) for name in sorted(formats)}
+    rates = {name: 2 * side**3 / product_seconds(name, side, device, pick=min) for name in sorted(formats)}
     to, of = torch.ones(2, copied, dtype=torch.uint8, device=device)
-    moved = 2 * copied / kernel_seconds(lambda: to.copy_(of), device, repeats=3, rounds=9)
+    moved = 2 * copied / kernel_seconds(lambda: to.copy_(of), device, repeats=3, rounds=9, pick=min)
     one = torch.zeros(1, device=device)
-    return Ceilings(rates, moved, in_turns([lambda: one.add_(1)], device, repeats=1000)[0])
+    return Ceilings(rates, moved, in_turns([lambda: one.add_(1)], device, repeats=1000, pick=min)[0])
 
 
-def product_seconds(name: str, side: int, device: str, repeats: int = 3) -> float:
+def product_seconds(name: str, side: int, device: str, **timed) -> float:
     """Seconds of a square matrix product in the format `name`: "float32", "TF32", "bfloat16", "float16" or "int8".
 
-    Raises UserError for another. Introduced in notebooks/10_the_whole_path.
+    `timed` goes to `kernel_seconds`, {"repeats": 3, "rounds": 9} where nothing else is said. Raises UserError for another name. Introduced in notebooks/10_the_whole_path.
     """
     if name not in ("float32", "TF32", "bfloat16", "float16", "int8"):
         raise UserError(f"no product is measured in {name}: use float32, TF32, bfloat16, float16 or int8")
@@ -141,7 +141,7 @@ def product_seconds(name: str, side: int, device: str, repeats: int = 3) -> floa
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
     try:
-        return kernel_seconds(call, device, repeats, rounds=9)
+        return kernel_seconds(call, device, **{"repeats": 3, "rounds": 9} | timed)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, qualitytables, results
+from sdopt import figures, qualitytables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -31,6 +31,8 @@ def table(result):
     """
     if is_quality(result):
         header, lines = qualitytables.HEADER, qualitytables.lines(result)
+    elif is_stages(result):
+        header, lines = stagetables.HEADER, stagetables.lines(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -40,7 +42,12 @@ def table(result):
 
 def is_peers(result):
     """Whether the rows of a study took turns: others' ways beside each other, or beside the engine."""
-    return result["study"].endswith(("-peers", "-engine"))
+    return result["study"].endswith(("-peers", "-engine", "-break-even"))
+
+
+def is_stages(result):
+    """Whether a study is about the stages of its rows: each has a prediction, and the ceilings it was made from."""
+    return result["study"].endswith("-stages")
 
 
 def is_quality(result):
@@ -113,6 +120,8 @@ def remarks(result):
     rows, said = _measured(result), []
     if is_quality(result):
         return [*qualitytables.remarks(result), *_gpu(result)]
+    if is_stages(result):
+        return [*stagetables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}
@@ -207,7 +216,7 @@ def text(result):
 
 def _words(header):
     """How many columns, from the left, hold words and not numbers."""
-    return 2 if "what" in header else 1
+    return 3 if "stage" in header else 2 if "what" in header else 1
 
 
 def _line(cells, widths, words):

@@ -103,15 +103,17 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     return _timed(call, str(device).startswith("cuda"))
 
 
-def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15) -> float:
-    """Median seconds of one `call()` without what launching it costs, for calls of a few kernels.
+def kernel_seconds(
+    call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15, pick=statistics.median
+) -> float:
+    """Seconds of one `call()` without what launching it costs, by `pick` over the rounds; for calls of a few kernels.
 
     On a GPU, `repeats` calls are recorded into one CUDA graph, and its replays timed by events; on a CPU they are made
     in a row. `call` must do the same at every call and, on a GPU, never wait for it. Introduced in
     notebooks/05_fused_qkv.
     """
     if not str(device).startswith("cuda"):
-        return in_turns([call], device, rounds, repeats)[0]
+        return in_turns([call], device, rounds, repeats, pick)[0]
     side = torch.cuda.Stream()  # a capture must not find anything left to initialise
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -127,7 +129,7 @@ def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, r
         start = watch.mark()
         graph.replay()
         watch.spans.append(("graph", start, watch.mark()))
-    return statistics.median(ms for _, ms in watch.read()[3:]) / 1e3 / repeats
+    return pick([ms for _, ms in watch.read()[3:]]) / 1e3 / repeats
 
 
 def in_turns(calls, device: str, rounds: int = 9, repeats: int = 1, pick=statistics.median) -> list[float]:

@@ -73,7 +73,7 @@ def products(device, sizes=PRODUCTS):
     found = []
     for size in sizes:
         for name in ("float32", "TF32", str(precision.half_dtype(device))[6:], "int8"):
-            seconds = roofline.product_seconds(name, size, device, repeats=5)
+            seconds = roofline.product_seconds(name, size, device, repeats=5, rounds=15)
             found.append({"size": size, "format": name, "seconds": seconds, "tflops": 2 * size**3 / seconds / 1e12})
     return found
 
