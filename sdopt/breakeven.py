@@ -14,7 +14,12 @@ from sdopt import figures, results
 from sdopt.figures import INK, QUIET, SERIES
 
 REFERENCE = "eager_bf16"
-HEADER = ("way", "what", "first picture", "each later one", "paid back after", "between", "that is")
+HEADER = ("way", "what", "first picture", "each later one", "paid back after", "between", "by then")
+RULE = (
+    "counted from a loaded pipeline; paid back: when a way has drawn as many pictures as eager_bf16 would have by then; between: "
+    "if every later picture took the p20 of the one way and the p80 of the other, or the reverse; warm: another process finds on "
+    "disk what was compiled"
+)
 MOST = 1_000_000  # pictures: nobody waits for more
 
 
@@ -62,7 +67,7 @@ def pictures(way, other, mine="median", theirs="median"):
         return 1
     if gained <= 0:
         return None
-    after = 1 + math.ceil(behind / gained)
+    after = 1 + math.ceil(behind / gained - 1e-9)  # of a whole number, but for its rounding
     return after if after <= MOST else None
 
 

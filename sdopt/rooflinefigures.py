@@ -37,7 +37,8 @@ def roofline_figure(result_path, target):
             axes.set_xlim(min(xs) / 2, max(xs) * 5)
             formats = {name for row in rows.values() for name in row["roofline"]["stages"][stage]["flops"]}
             _roof(axes, list(rows.values()), formats)
-    for axes, stage in zip(panels, DRAWN, strict=True):  # when all have their limits
+    figure.draw_without_rendering()  # so that places are known
+    for axes, stage in zip(panels, DRAWN, strict=True):
         _number(axes, {n: _point(stages[stage]) for n, stages in seen.items() if stages[stage]["flops"]})
     panels[0].set_ylabel("TFLOP/s", color=QUIET)
     panels[1].set_xlabel(
@@ -82,7 +83,6 @@ def _roof(axes, rows, formats):
 
 def _number(axes, points):
     """The numbers of the rows beside their measured points, one label for those that lie on each other."""
-    axes.figure.draw_without_rendering()
     groups = []
     for n, (x, y, *_) in points.items():
         at = axes.transData.transform((x, y))

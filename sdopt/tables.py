@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, qualitytables, results, stagetables
+from sdopt import breakeven, figures, qualitytables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -33,6 +33,8 @@ def table(result):
         header, lines = qualitytables.HEADER, qualitytables.lines(result)
     elif is_stages(result):
         header, lines = stagetables.HEADER, stagetables.lines(result)
+    elif is_break_even(result):
+        header, lines = breakeven.HEADER, breakeven.lines(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -43,6 +45,11 @@ def table(result):
 def is_peers(result):
     """Whether the rows of a study took turns: others' ways beside each other, or beside the engine."""
     return result["study"].endswith(("-peers", "-engine", "-break-even"))
+
+
+def is_break_even(result):
+    """Whether a peer study is about first calls, and when each has paid for itself."""
+    return result["study"].endswith("-break-even")
 
 
 def is_stages(result):
@@ -128,6 +135,8 @@ def remarks(result):
         together = f"the peers took turns, a picture each, in another order in each of {runs} rounds"
         apart = "not all peers took turns with each other: a ratio of two that did not holds two moments of the machine"
         said.append(together if len(groups) == 1 else apart)
+    if is_break_even(result):
+        said.append(breakeven.RULE)
     for row in rows:
         if row["id"] == "compile":
             said.append(f"compile and after: {COMPILED[row['as_run']['compiled']]}")
@@ -240,6 +249,14 @@ def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
     grid = _grid(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
+
+
+def rates(result):
+    """What the GPU's kernels do in a picture's UNet calls, by kind, at each row of a study of stages, for a page."""
+    said = "Inside the UNet's calls of a picture, what the GPU's kernels did, by kind, and how long it waited between them."
+    return f"{said} {first_upper(figures.described(result))}.\n\n" + _grid(
+        stagetables.RATES_HEADER, *stagetables.rates(result), words=1
+    )
 
 
 def kernels(result):
