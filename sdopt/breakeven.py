@@ -16,9 +16,9 @@ from sdopt.figures import INK, QUIET, SERIES
 REFERENCE = "eager_bf16"
 HEADER = ("way", "what", "first picture", "each later one", "paid back after", "between", "by then")
 RULE = (
-    "counted from a loaded pipeline; paid back: when a way has drawn as many pictures as eager_bf16 would have by then; between: "
-    "if every later picture took the p20 of the one way and the p80 of the other, or the reverse; warm: another process finds on "
-    "disk what was compiled"
+    "counted from a loaded pipeline; paid back: when a way has drawn as many pictures as eager_bf16 would have by then; "
+    "between: if every later picture took the p20 of the one way and the p80 of the other, or the reverse; warm: another "
+    "process finds on disk what was compiled"
 )
 MOST = 1_000_000  # pictures: nobody waits for more
 
@@ -129,4 +129,6 @@ def _counted(n):
 
 
 def _span(seconds):
-    return figures.seconds(seconds) if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 120:
+        return figures.seconds(seconds)
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

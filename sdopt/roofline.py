@@ -112,8 +112,8 @@ def formats(operators: Iterable[Operator]) -> set[str]:
 def ceilings(device: str, formats: Iterable[str] = ("float32",), side: int | None = None, copied: int | None = None):
     """Measure `Ceilings`: a square product in each of the `formats`, a copy, and a sum of two numbers, asked for by Python.
 
-    Of each the best of some rounds. `side` of the matrices and bytes `copied`: None takes SIDE and COPIED. Some seconds. Introduced in
-    notebooks/10_the_whole_path.
+    Of each the best of some rounds. `side` of the matrices and bytes `copied`: None takes SIDE and COPIED. Some seconds.
+    Introduced in notebooks/10_the_whole_path.
     """
     kind = torch.device(device).type
     side, copied = side or SIDE[kind], copied or COPIED[kind]
@@ -127,7 +127,8 @@ def ceilings(device: str, formats: Iterable[str] = ("float32",), side: int | Non
 def product_seconds(name: str, side: int, device: str, **timed) -> float:
     """Seconds of a square matrix product in the format `name`: "float32", "TF32", "bfloat16", "float16" or "int8".
 
-    `timed` goes to `kernel_seconds`, {"repeats": 3, "rounds": 9} where nothing else is said. Raises UserError for another name. Introduced in notebooks/10_the_whole_path.
+    `timed` goes to `kernel_seconds`, {"repeats": 3, "rounds": 9} where nothing else is said. Raises UserError for
+    another name. Introduced in notebooks/10_the_whole_path.
     """
     if name not in ("float32", "TF32", "bfloat16", "float16", "int8"):
         raise UserError(f"no product is measured in {name}: use float32, TF32, bfloat16, float16 or int8")
@@ -163,7 +164,10 @@ def predict(operators: Counter[Operator], ceilings: Ceilings, way: str = "eager"
 
 
 def totals(operators: Counter[Operator], way: str = "eager") -> dict:
-    """{"operators", "flops": {format: FLOPs}, "bytes"} of all, run in one of WAYS. Introduced in notebooks/10_the_whole_path."""
+    """{"operators", "flops": {format: FLOPs}, "bytes"} of all, run in one of WAYS.
+
+    Introduced in notebooks/10_the_whole_path.
+    """
     run = _run(operators, way)
     flops = Counter()
     for operator, times in run.items():
@@ -195,6 +199,8 @@ class _Count(TorchDispatchMode):
             return result
         read = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
         written = [x for x in tree_iter(result) if isinstance(x, torch.Tensor)]
+        if kwargs.get("beta") == 0:  # what would be added is not read
+            read = read[1:]
         if packet in TABLES:  # of the table itself no more is read than is written
             read = [*read[1:], *written]
         flops = int(FLOPS[packet](*args, **kwargs, out_val=result)) if packet in FLOPS else 0

@@ -6,7 +6,11 @@ from sdopt import figures, results, stagetables
 from sdopt.figures import INK, NAMES, QUIET, SERIES
 from sdopt.path import NUMBERS
 
-WAYS = {"eager": (SERIES[1], "eager"), "graph": (SERIES[2], "in a CUDA graph"), "fused": (SERIES[0], "compiled or on our engine")}
+WAYS = {
+    "eager": (SERIES[1], "eager"),
+    "graph": (SERIES[2], "in a CUDA graph"),
+    "fused": (SERIES[0], "compiled or on our engine"),
+}
 NEAR = 14  # pixels: points as close as this share one label
 DRAWN = ("text_encoder", "unet", "vae")  # a scheduler calculates no product
 BESIDE = {"engine_bf16": "e", "whole_path_engine": "E"}  # the numbers of rows that are no step

@@ -59,14 +59,15 @@ def _cells(row):
 
 
 def rates(result):
-    """A line a row whose kernels a profile saw: milliseconds of a picture's UNet calls by kind, with the rate and the share
-    of its ceiling; in the order of RATES_HEADER.
+    """A line a row whose kernels a profile saw, in the order of RATES_HEADER: milliseconds of a picture's UNet calls by kind,
+    with the rate of those that calculate, and what is left of the calls' time.
     """
     found = []
     for row in result["rows"]:
         if row["status"] == "ok" and row.get("unet_kernels"):
             kinds, ms = row["roofline"]["stages"]["unet"]["kinds"], row["stages_ms"]["unet"]
-            spent = {kind: sum(n * call["ms"][kind] for n, call in profiled_calls(row)) for kind in row["unet_kernels"][0]["ms"]}
+            calls = profiled_calls(row)
+            spent = {kind: sum(n * call["ms"][kind] for n, call in calls) for kind in calls[0][1]["ms"]}
             cells = [
                 _rate(kinds.get(kind, {"flops": 0})["flops"], spent[kind])
                 for kind in ("matrix product", "convolution", "attention")

@@ -25,6 +25,9 @@ def test_a_product_reads_its_inputs_and_writes_its_output_once():
         "bytes": 4 * (4 * 8 + 8 * 16 + 4 * 16),
     }
     assert totals(count(lambda: linear(x, weight, bias)))["bytes"] == 4 * (4 * 8 + 8 * 16 + 16 + 4 * 16)
+    pair, scores = torch.ones(2, 4, 4), torch.empty(2, 4, 4)
+    (product,) = count(lambda: torch.baddbmm(scores, pair, pair, beta=0))
+    assert product.bytes == 3 * 4 * 32, "what counts for nothing is not read"
     half = count(lambda: linear(x.bfloat16(), weight.bfloat16()))
     assert totals(half)["flops"] == {"bfloat16": 1024} and half.total() == 3, "two casts and a product"
 
@@ -38,8 +41,9 @@ def test_a_product_reads_its_inputs_and_writes_its_output_once():
         (lambda x: x.add_(1), 4 * (64 + 64)),
         (lambda x: embedding(torch.tensor([1, 5]), x), 8 * 2 + 2 * 4 * 16),
         (lambda x: torch.empty(1000), 0),
+        (lambda x: x.chunk(2)[0].unbind()[0], 0),
     ],
-    ids=["views", "copy", "expanded", "in place", "looked up", "empty"],
+    ids=["views", "copy", "expanded", "in place", "looked up", "empty", "parts"],
 )
 def test_bytes_are_counted_where_memory_is_touched(call, moved):
     x = torch.ones(8, 8)
