@@ -72,9 +72,10 @@ def _roof(axes, rows, formats):
     for name in formats:
         top, corner = rates[name] / 1e12, rates[name] / moved
         axes.plot([min(max(corner, low), high), high], [top, top], color=INK, linewidth=1.2)
+        under = any(1 < rates[other] / rates[name] < 1.4 for other in formats)  # no room for words between the two
         axes.annotate(
-            f"{name}, {top:.3g} TFLOP/s", (high, top), xytext=(-2, 3), textcoords="offset points",
-            ha="right", fontsize=8, color=INK,
+            f"{name}, {top:.3g} TFLOP/s", (high, top), xytext=(-2, -3 if under else 3), textcoords="offset points",
+            ha="right", va="top" if under else "bottom", fontsize=8, color=INK,
         )  # fmt: skip
     corner = min(max(rates[name] for name in formats) / moved, high)
     if corner > low:
