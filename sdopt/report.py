@@ -17,6 +17,7 @@ from sdopt import (
     results,
     rooflinefigures,
     sentences,
+    stagetables,
     tables,
     timefigures,
 )
@@ -32,7 +33,7 @@ STUDY_BLOCKS = {
     "headline": sentences.headline,
     "budget": sentences.budget,
     "levels": tables.levels,
-    "rates": tables.rates,
+    "rates": stagetables.rates,
 }
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
 FIGURE = "figure"  # a block that shows a study's figure

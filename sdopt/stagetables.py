@@ -2,7 +2,8 @@
 
 import statistics
 
-from sdopt.figures import NAMES, profiled_calls
+from sdopt import grids
+from sdopt.figures import NAMES, described, profiled_calls
 
 HEADER = (
     *("step", "stage", "run", "predicted", "measured", "measured / predicted", "limit", "TFLOP", "TFLOP/s"),
@@ -59,6 +60,13 @@ def _cells(row):
 
 
 def rates(result):
+    """What the GPU's kernels do in a picture's UNet calls, by kind, at each row of a study of stages, for a page."""
+    said = "Inside the UNet's calls of a picture, what the GPU's kernels did, by kind, and how long it waited between them."
+    about = described(result)
+    return f"{said} {about[0].upper()}{about[1:]}.\n\n{grids.lined(RATES_HEADER, *_rates(result), words=1)}"
+
+
+def _rates(result):
     """A line a row whose kernels a profile saw, in the order of RATES_HEADER: milliseconds of a picture's UNet calls by kind,
     with the rate of those that calculate, and what is left of the calls' time.
     """

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import breakeven, figures, qualitytables, results, stagetables
+from sdopt import breakeven, figures, grids, qualitytables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -240,23 +240,15 @@ def _line(cells, widths, words):
 def markdown(result):
     """A study's table and its remarks for a page, with what was measured where."""
     cells = table(result)
-    grid = _grid(*cells, words=_words(cells[0]))
+    grid = grids.lined(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
 
 
 def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
-    grid = _grid(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
+    grid = grids.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
-
-
-def rates(result):
-    """What the GPU's kernels do in a picture's UNet calls, by kind, at each row of a study of stages, for a page."""
-    said = "Inside the UNet's calls of a picture, what the GPU's kernels did, by kind, and how long it waited between them."
-    return f"{said} {first_upper(figures.described(result))}.\n\n" + _grid(
-        stagetables.RATES_HEADER, *stagetables.rates(result), words=1
-    )
 
 
 def kernels(result):
@@ -268,16 +260,7 @@ def kernels(result):
         rate, share = row["bytes"] / seconds["ours"] / 1e9, seconds["copy"] / seconds["ours"]
         lines.append([row["kernel"], shape, *times, f"{rate:,.0f}", f"{share:.0%}"])
     about = f"{result['environment']['gpu']}, {result['settings']['dtype']}; {_versions(result)}"
-    return f"{about}.\n\n{_grid(KERNELS_HEADER, *lines, words=2)}"
-
-
-def _grid(header, *lines, words):
-    lines = [header, ["---" if k < words else "---:" for k in range(len(header))], *lines]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-
-
-def _escaped(cell):
-    return cell.replace("|", "\\|")  # in the reason of a failure, say
+    return f"{about}.\n\n{grids.lined(KERNELS_HEADER, *lines, words=2)}"
 
 
 def _versions(result):
@@ -294,7 +277,7 @@ def published(content):
     lines = [
         (row["what"], row["hardware"] or "", _figures(row["figures"]), _link(row["source"])) for row in content["rows"]
     ]
-    return _grid(("what", "hardware", "figures", "source"), *lines, words=4)
+    return grids.lined(("what", "hardware", "figures", "source"), *lines, words=4)
 
 
 def _figures(values):

@@ -48,7 +48,7 @@ def test_the_ceilings_are_told_with_their_rule():
 
 
 def test_kernels_by_kind_have_their_rates():
-    told = tables.rates(stages_result())
+    told = stagetables.rates(stages_result())
     # compile: 30 calls of 10 ms, half of them products: 60 TFLOP in 150 ms; the calls take 1,360
     assert "| compile | 150 ms, 400 TFLOP/s | 60 ms | 30 ms | 60 ms | 1,060 ms |" in told
     assert told.count("\n| ") == 2 + 9, "the header and nine rows: the engine's has no profile"
