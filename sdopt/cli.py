@@ -30,7 +30,7 @@ def parser():
     bench.add_argument(
         "study",
         metavar="STUDY",
-        help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers, {pocket,sd15,sdxl}-engine, pocket-quality or pocket-gate",
+        help="{pocket,sd15,sdxl}-{path,engine,stages,break-even}, {sd15,sdxl}-peers, pocket-quality or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
@@ -105,7 +105,7 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import peers, studies, survey, walk
+    from sdopt.bench import peers, stages, studies, survey, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
@@ -140,6 +140,11 @@ def _bench(options):
     if study.kind == "path":
         with _progress(len(rows), "row") as progress:
             result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
+    elif study.kind == "stages":
+        with _progress(len(rows), "row") as progress:
+            result = stages.look(
+                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
+            )
     elif study.kind == "quality":
         with _progress(len(rows), "row") as progress:
             result = survey.survey(

@@ -1,25 +1,48 @@
 """The figures and pages made again from figures/data, and what the command line prints of a study."""
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, records, results, sentences, tables, timefigures
+from sdopt import (
+    breakeven,
+    cards,
+    figures,
+    frontfigures,
+    pathfigures,
+    peerfigures,
+    records,
+    results,
+    rooflinefigures,
+    sentences,
+    stagetables,
+    tables,
+    timefigures,
+)
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json")
+STUDIES = tuple(f"*-{kind}.json" for kind in ("path", "peers", "engine", "break-even", "stages", "quality", "gate"))
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
-STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget, "levels": tables.levels}
+STUDY_BLOCKS = {
+    "table": tables.markdown,
+    "headline": sentences.headline,
+    "budget": sentences.budget,
+    "levels": tables.levels,
+    "rates": stagetables.rates,
+}
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
-PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
+FIGURE = "figure"  # a block that shows a study's figure
+PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/04_compile.ipynb", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {
     "path": "a process a row, one after the other",
     "peers": "all rows side by side, a picture each in turn",
+    "stages": "a process a row, one after the other, each stage predicted before it is timed",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
 }
 
@@ -123,6 +146,10 @@ def _drawings(path):
     result, pictures = results.read(path), path.with_suffix("")
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
+    if tables.is_stages(result):
+        return [path], {"": partial(rooflinefigures.roofline_figure, path)}
+    if tables.is_break_even(result):
+        return [path], {"": partial(breakeven.break_even_figure, path)}
     if tables.is_peers(result):
         drawings = {"": partial(peerfigures.peers_figure, path)}
         if path.stem.endswith("-peers"):
@@ -157,12 +184,17 @@ def _notebook(old, page, data):
 def _renewed(words, page, data):
     if len(BLOCK.findall(words)) != words.count(OPENING):  # the text up to the end of the next would be lost
         raise UserError(f"a block in {page} is not closed: end each with a line <!-- /sdopt -->")
-    return BLOCK.sub(lambda found: _block(found, data), words)
+    return BLOCK.sub(lambda found: _block(found, page, data), words)
 
 
-def _block(found, data):
+def _block(found, page, data):
     kind, study, _ = found.groups()
-    if kind not in BLOCKS:
-        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
-    read = results.read if kind in STUDY_BLOCKS else results.read_json
-    return f"{OPENING}{kind} {study} -->\n{BLOCKS[kind](read(data / f'{study}.json'))}\n<!-- /sdopt -->"
+    if kind not in (*BLOCKS, FIGURE):
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, FIGURE))}")
+    source, said = data / f"{study}.json", ""
+    if kind == FIGURE and source.exists():
+        drawn = data.parent / f"{study.replace('/', '-')}.png"
+        said = f"![{figures.described(results.read(source))}]({os.path.relpath(drawn, page.parent)})\n"
+    elif source.exists():  # what is not measured yet leaves its place empty
+        said = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(source)) + "\n"
+    return f"{OPENING}{kind} {study} -->\n{said}<!-- /sdopt -->"

@@ -27,6 +27,17 @@ def _stock_compile(mode, pipe):
     return pipe
 
 
+def regional(pipe):
+    """diffusers' regional compilation: the UNet's transformer blocks, one graph for all that are alike; no other flag.
+
+    Source: https://huggingface.co/docs/diffusers/optimization/fp16#regional-compilation.
+    """
+    compilation.channels_last(pipe)
+    compilation.start_at_step_zero(pipe)
+    pipe.unet.compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
 def tutorial(pipe):
     """diffusers' "Accelerate inference" tutorial, from fused projections on, to a pipeline in bf16 with SDPA.
 

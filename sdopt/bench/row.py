@@ -65,6 +65,11 @@ class Job:
 
 def prepare(job, tell):
     """The pipeline of `job`, ready to draw, and its call's keywords; the first it tells is that the model has loaded."""
+    return apply(load(job, tell), job.recipe)
+
+
+def load(job, tell):
+    """The pipeline of `job` as it is before its first step, in a process that is set up as all of them are."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     # In every row alike, as someone who wants speed would have it: cuDNN times its kernels for a convolution and keeps the
@@ -76,10 +81,15 @@ def prepare(job, tell):
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
     tell("preparing")
+    return pipe
+
+
+def apply(pipe, recipe):
+    """The pipeline with what `recipe` does to it, and its call's keywords. Raises RowFailed with the reason it cannot."""
     try:
-        pipe, call_kwargs = path.prepare(pipe, job.recipe.steps, **job.recipe.options)
-        if job.recipe.apply:
-            pipe = job.recipe.apply(pipe)
+        pipe, call_kwargs = path.prepare(pipe, recipe.steps, **recipe.options)
+        if recipe.apply:
+            pipe = recipe.apply(pipe)
     except UserError as error:  # this recipe cannot be applied here; the others may
         raise RowFailed(str(error)) from error
     return pipe, call_kwargs
@@ -103,7 +113,7 @@ def first_call(state, tell, job):
     if job.search == sharing.LATER:
         return first | {"left": len(left), "processes": sharing.processes()}
     tell(KEEPING)
-    _keep_artifacts(job)
+    keep_artifacts(job)
     return first
 
 
@@ -158,7 +168,7 @@ def measure(state, tell, job):
     )
     memory_of = numbers.pop("peak_memory_of")
     tell(PROFILING)
-    _keep_artifacts(job)
+    keep_artifacts(job)
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
     numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
     return numbers, [[np.asarray(image) for image in images] for images in pictures]
@@ -238,7 +248,7 @@ def _load_artifacts(job):
             raise UserError(f"{job.artifacts} is damaged: delete it, and what it held is compiled anew") from error
 
 
-def _keep_artifacts(job):
+def keep_artifacts(job):
     """Export what this process compiled, or found where no export is."""
     if job.artifacts and (compilation.graphs_so_far()["compiled"] or not job.artifacts.exists()):
         saved = torch.compiler.save_cache_artifacts()

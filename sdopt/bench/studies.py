@@ -22,7 +22,8 @@ GATE_STEPS = 5
 @dataclass(frozen=True)
 class Study:
     """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn; "quality": rows
-    that share a pipeline in one process, each timed and then judged by `pictures` of it.
+    that share a pipeline in one process, each timed and then judged by `pictures` of it; "stages": each row in a fresh process,
+    each of its stages predicted before it is timed.
     """
 
     name: str
@@ -45,6 +46,12 @@ STUDIES = {
         Study("pocket-engine", "peers", "pocket", "shipped", 15),
         Study("sd15-engine", "peers", "sd15", "random", 15),
         Study("sdxl-engine", "peers", "sdxl", "random", 9),
+        Study("pocket-stages", "stages", "pocket", "shipped", 5),
+        Study("sd15-stages", "stages", "sd15", "random", 5),
+        Study("sdxl-stages", "stages", "sdxl", "random", 5),
+        Study("pocket-break-even", "peers", "pocket", "shipped", 9),
+        Study("sd15-break-even", "peers", "sd15", "random", 9),
+        Study("sdxl-break-even", "peers", "sdxl", "random", 9),
         Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
         Study("pocket-gate", "quality", "pocket", "shipped", 3, steps=GATE_STEPS, pictures=24),
     )
@@ -96,11 +103,13 @@ def rows_of(study, device, steps):
     if study.kind == "quality":
         return sweeps.gate_rows(steps) if study.name.endswith("-gate") else sweeps.rows(device, steps)
     options = {"cutoff": 0.4, "steps": steps}
+    whole = Recipe("whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine)
     if study.name.endswith("-engine"):
-        whole = Recipe(
-            "whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine
-        )
         return [nine(steps)[0], *PEERS, ENGINE, whole]
+    if study.name.endswith("-break-even"):
+        return [*(row for row in PEERS if row.id in FIRST_CALLS), REGIONAL, ENGINE]
+    if study.kind == "stages":
+        return [*nine(steps), *((ENGINE, whole) if str(device).startswith("cuda") else ())]
     if study.kind == "peers":
         return list(PEERS)
     kept = path.recommended(device)
@@ -162,6 +171,8 @@ BASELINES = [
     Recipe("baseline_tf32", "fp32, TF32 everywhere", NINE[:1], {"tf32": "everywhere"}, settings={"tf32": "everywhere"}),
     Recipe("baseline_strict", "fp32, TF32 nowhere", NINE[:1], {"tf32": "nowhere"}, settings={"tf32": "nowhere"}),
 ]
+REGIONAL = Recipe("compile_regional", "bf16, diffusers' regional compilation", EAGER, apply=recipes.regional, compiled=True)
+FIRST_CALLS = ("eager_bf16", "compile_reduce_overhead", "compile_max_autotune")  # peers whose first calls are weighed
 PEERS = [
     Recipe("eager_fp16", "fp16, eager", EAGER, {"dtype": torch.float16}),
     Recipe("eager_bf16", "bf16, eager", EAGER),
