@@ -11,7 +11,7 @@ import pytest
 from made_up import peers_result, result
 
 from sdopt import report, results, tables
-from sdopt.bench import process, searches, sharing, walk
+from sdopt.bench import claims, process, searches, walk
 from sdopt.bench.row import Job, Recipe
 from sdopt.errors import UserError
 
@@ -137,19 +137,19 @@ def kernels(tmp_path, monkeypatch):
     tuners = [CachingAutotuner.__new__(CachingAutotuner) for _ in range(6)]
     for n, tuner in enumerate(tuners):
         tuner.filename = f"/somewhere/c{n}.py"
-    sharing.begin(tmp_path)
+    claims.begin(tmp_path)
     return tuners
 
 
 def test_a_search_left_for_later_leaves_kernels_as_they_are_and_counts_them(kernels, tmp_path):
-    with sharing.applied(sharing.LATER, tmp_path) as left:
+    with claims.applied(claims.LATER, tmp_path) as left:
         assert [k._coordinate_descent_tuning("as it was") for k in (*kernels, *kernels)] == ["as it was"] * 12
     assert len(left) == 6
     assert kernels[0]._coordinate_descent_tuning("it") == "it, searched", "afterwards all is as before"
 
 
 def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, tmp_path):
-    with sharing.applied(sharing.SHARED, tmp_path):
+    with claims.applied(claims.SHARED, tmp_path):
         assert kernels[0]._coordinate_descent_tuning("it") == "it, searched"
         assert kernels[0]._coordinate_descent_tuning("it") == "it", "another has it"
         with open(tmp_path / "claims" / "gpu.lock", "a") as gpu:
@@ -160,16 +160,16 @@ def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, 
                 assert not waiting.done(), "somebody else times"
                 fcntl.flock(gpu, fcntl.LOCK_UN)
     assert waiting.result() == "it, searched"
-    assert len(sharing.seconds(tmp_path)) == 2
-    assert all(0.15 <= seconds < 0.45 for seconds in sharing.seconds(tmp_path)), "without the waiting"
+    assert len(claims.seconds(tmp_path)) == 2
+    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(tmp_path)), "without the waiting"
 
 
 def search_for_long(state, tell, job):
     """A first call of which four kernels are to be searched, 0.2 s each."""
     tell("first call, which compiles")
-    if job.search == sharing.LATER:
+    if job.search == claims.LATER:
         return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 4, "processes": 2}
-    assert job.search == sharing.SHARED
+    assert job.search == claims.SHARED
     for kernel in range(4):
         mark = job.cache / "claims" / f"c{kernel}"
         try:
@@ -177,7 +177,7 @@ def search_for_long(state, tell, job):
         except FileExistsError:
             continue
         time.sleep(0.2)
-        results.write_whole(mark.with_suffix(sharing.SECONDS), b"100.0")
+        results.write_whole(mark.with_suffix(claims.SECONDS), b"100.0")
     return {}
 
 
@@ -237,11 +237,11 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 from sdopt import compilation
-from sdopt.bench import sharing
+from sdopt.bench import claims
 
 model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn.LayerNorm(512)).cuda().bfloat16()
 options = compilation.mode_options("max-autotune") | compilation.SEARCH
-with torch.no_grad(), sharing.applied(sys.argv[1], Path(sys.argv[2])) as left:
+with torch.no_grad(), claims.applied(sys.argv[1], Path(sys.argv[2])) as left:
     torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
 print(len(left), counters["inductor"]["coordesc_tuning_bench"])
 """
@@ -264,21 +264,21 @@ def counted(searcher):
 @pytest.mark.gpu
 def test_gpu_what_was_found_is_not_searched_for_again(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    assert counted(searching(here, sharing.ALONE))[1] > 0
+    assert counted(searching(here, claims.ALONE))[1] > 0
     searches.keep(job(here), 1.0, finished=True)
     (there / "cache").mkdir(parents=True)
     name = f"sd15{results.SEARCHES}"
     (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
     searches.begin(job(there))
-    assert counted(searching(there, sharing.ALONE))[1] == 0
+    assert counted(searching(there, claims.ALONE))[1] == 0
 
 
 @pytest.mark.gpu
 def test_gpu_a_search_is_shared_and_then_done(tmp_path):
-    left, timed = counted(searching(tmp_path, sharing.LATER))
+    left, timed = counted(searching(tmp_path, claims.LATER))
     assert left > 0 and timed == 0
-    sharing.begin(tmp_path / "cache")
-    two = [searching(tmp_path, sharing.SHARED) for _ in range(2)]
+    claims.begin(tmp_path / "cache")
+    two = [searching(tmp_path, claims.SHARED) for _ in range(2)]
     assert sum(counted(one)[1] for one in two) > 0
-    assert len(sharing.seconds(tmp_path / "cache")) == left
-    assert counted(searching(tmp_path, sharing.LATER)) == (0, 0)
+    assert len(claims.seconds(tmp_path / "cache")) == left
+    assert counted(searching(tmp_path, claims.LATER)) == (0, 0)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
-from sdopt.bench import sensors, sharing
+from sdopt.bench import claims, sensors
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
@@ -55,7 +55,7 @@ class Job:
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
     cache: Path | None = None  # the folder of the compiler's cache, None: PyTorch's own
-    search: str = sharing.ALONE  # how the compiler searches
+    search: str = claims.ALONE  # how the compiler searches
 
     @property
     def artifacts(self):
@@ -107,11 +107,11 @@ def first_call(state, tell, job):
     took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
-    with sharing.applied(job.search, job.cache) as left:
+    with claims.applied(job.search, job.cache) as left:
         seconds = timing.seconds_of(state["draw"], job.device)
     first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
-    if job.search == sharing.LATER:
-        return first | {"left": len(left), "processes": sharing.processes()}
+    if job.search == claims.LATER:
+        return first | {"left": len(left), "processes": claims.processes()}
     tell(KEEPING)
     keep_artifacts(job)
     return first

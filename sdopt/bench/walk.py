@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdopt import compilation, path, results
-from sdopt.bench import notes, process, searches, sharing
+from sdopt.bench import claims, notes, process, searches
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import FIRST_CALL, Job, Recipe, first_call, measure
@@ -88,7 +88,7 @@ def cold(fresh, job, tell, limit_s):
     """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
 
     Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its. On a GPU
-    a search is shared by several processes (bench/sharing.py): "shared_s" of cold_s are theirs, added up.
+    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up.
     """
     known, began = searches.begin(job), []
     alone = not job.recipe.searches or job.device == "cpu"
@@ -102,7 +102,7 @@ def cold(fresh, job, tell, limit_s):
         if began:
             searches.keep(job, known["spent_s"] + time.monotonic() - began[0])
 
-    first_job = job if alone else replace(job, search=sharing.LATER)
+    first_job = job if alone else replace(job, search=claims.LATER)
     first = fresh.call(first_call, first_job, on_phase=told, meanwhile=note, limit_s=limit_s)
     before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
     if first.get("left"):
@@ -121,10 +121,10 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
     `keep(seconds)` is called now and then with those so far. A process that fails leaves its kernel unsearched, and the next
     first call searches it.
     """
-    sharing.begin(job.cache)
-    spent = lambda: sharing.seconds(job.cache)
+    claims.begin(job.cache)
+    spent = lambda: claims.seconds(job.cache)
     workers = [fresh.take() for _ in range(processes)]
-    search = lambda worker: worker.call(first_call, replace(job, search=sharing.SHARED), limit_s=limit_s)
+    search = lambda worker: worker.call(first_call, replace(job, search=claims.SHARED), limit_s=limit_s)
     with ThreadPoolExecutor(processes) as pool:
         calls = [pool.submit(search, worker) for worker in workers]
         try:

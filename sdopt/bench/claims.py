@@ -42,7 +42,7 @@ def applied(how: str, cache: Path | None):
         return launcher
 
     def claim(tuner, launcher, *args, **kwargs):
-        mark = _claims(cache) / _name(tuner)
+        mark = _folder(cache) / _name(tuner)
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
@@ -56,7 +56,7 @@ def applied(how: str, cache: Path | None):
 
     def in_turn(tuner, *args, **kwargs):
         asked = time.monotonic()
-        with open(_claims(cache) / "gpu.lock", "a") as gpu:
+        with open(_folder(cache) / "gpu.lock", "a") as gpu:
             fcntl.flock(gpu, fcntl.LOCK_EX)
             waited.append(time.monotonic() - asked)
             return bench(tuner, *args, **kwargs)
@@ -71,13 +71,13 @@ def applied(how: str, cache: Path | None):
 
 def begin(cache: Path) -> None:
     """Forget all claims."""
-    shutil.rmtree(_claims(cache), ignore_errors=True)
-    _claims(cache).mkdir(parents=True)
+    shutil.rmtree(_folder(cache), ignore_errors=True)
+    _folder(cache).mkdir(parents=True)
 
 
 def seconds(cache: Path) -> list[float]:
     """Of every kernel that has been searched since `begin`."""
-    return [float(took.read_text()) for took in _claims(cache).glob(f"*{SECONDS}")]
+    return [float(took.read_text()) for took in _folder(cache).glob(f"*{SECONDS}")]
 
 
 def processes() -> int:
@@ -90,7 +90,7 @@ def processes() -> int:
     return max(1, min(MOST, room, (os.cpu_count() or 2) // 2))
 
 
-def _claims(cache):
+def _folder(cache):
     return cache / "claims"
 
 
