@@ -1,26 +1,32 @@
 """The figures and pages made again from figures/data, and what the command line prints of a study."""
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, records, results, sentences, tables, timefigures
+from sdopt import cards, figures, frontfigures, gridfigures, gridtables, pathfigures, peerfigures, records, results
+from sdopt import sentences, tables, timefigures
 from sdopt.errors import UserError
+from sdopt.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json")
+STUDIES += tuple(f"*-{kind}.json" for kind in gridtables.KINDS)
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
 STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget, "levels": tables.levels}
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
+WHOLE = "study"  # a block with all that is shown of a study, and nothing before it was measured
 PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {
     "path": "a process a row, one after the other",
     "peers": "all rows side by side, a picture each in turn",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
+    "shared": "rows that share a pipeline in one process, one after the other",
 }
 
 text = tables.text
@@ -123,6 +129,8 @@ def _drawings(path):
     result, pictures = results.read(path), path.with_suffix("")
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
+    if gridtables.kind(result):
+        return gridfigures.sources(path), {"": partial(gridfigures.FIGURES[gridtables.kind(result)], path)}
     if tables.is_peers(result):
         drawings = {"": partial(peerfigures.peers_figure, path)}
         if path.stem.endswith("-peers"):
@@ -157,12 +165,29 @@ def _notebook(old, page, data):
 def _renewed(words, page, data):
     if len(BLOCK.findall(words)) != words.count(OPENING):  # the text up to the end of the next would be lost
         raise UserError(f"a block in {page} is not closed: end each with a line <!-- /sdopt -->")
-    return BLOCK.sub(lambda found: _block(found, data), words)
+    return BLOCK.sub(lambda found: _block(found, page, data), words)
 
 
-def _block(found, data):
+def _block(found, page, data):
     kind, study, _ = found.groups()
-    if kind not in BLOCKS:
-        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
-    read = results.read if kind in STUDY_BLOCKS else results.read_json
-    return f"{OPENING}{kind} {study} -->\n{BLOCKS[kind](read(data / f'{study}.json'))}\n<!-- /sdopt -->"
+    if kind not in (*BLOCKS, WHOLE):
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, WHOLE))}")
+    file = data / f"{study}.json"
+    if kind == WHOLE:
+        content = _whole(file, page, data)
+    else:
+        content = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(file)) + "\n"
+    return f"{OPENING}{kind} {study} -->\n{content}<!-- /sdopt -->"
+
+
+def _whole(file, page, data):
+    """A heading, how to read it, the table and the figure of a study; nothing where it is not recorded yet."""
+    name = file.stem.rpartition("-")[2]
+    if name not in gridtables.KINDS:
+        raise UserError(f"{page} asks for all of {file.stem}, which is none of these: *-{', *-'.join(gridtables.KINDS)}")
+    if not file.exists():
+        return ""
+    result, (title, words) = results.read(file), gridtables.WORDS[name]
+    title = f"{tables.first_upper(MODELS[result['settings']['model']].title)}: {title}"
+    figure = os.path.relpath(data.parent / f"{file.parent.name}-{file.stem}.png", page.parent)
+    return f"#### {title}\n\n{words}\n\n{tables.markdown(result)}\n\n![{title}]({figure})\n"

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, qualitytables, results
+from sdopt import figures, gridtables, qualitytables, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -31,6 +31,8 @@ def table(result):
     """
     if is_quality(result):
         header, lines = qualitytables.HEADER, qualitytables.lines(result)
+    elif gridtables.kind(result):
+        header, lines = gridtables.table(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -113,6 +115,8 @@ def remarks(result):
     rows, said = _measured(result), []
     if is_quality(result):
         return [*qualitytables.remarks(result), *_gpu(result)]
+    if gridtables.kind(result):
+        return [*gridtables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}
