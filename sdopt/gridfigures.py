@@ -1,4 +1,4 @@
-"""The figures of the studies whose rows share pipelines: batch after batch, the HPML project's rows, what each step is worth."""
+"""The figures of the studies whose rows share pipelines: batch after batch, the HPML project's rows, what a step is worth."""
 
 import textwrap
 from pathlib import Path
@@ -18,18 +18,18 @@ WAYS = {  # colour, marker and name
     "engine": (KINDS["engine"][0], "^", "our engine"),
 }
 OURS, THEIRS = SERIES[0], SERIES[1]
-PLACES = {"gain": (SERIES[0], -0.13, 1.02), "last": (SERIES[5], 0.13, 1.1)}  # colour, how far below its row, where its number is
+PLACES = {"gain": (SERIES[0], -0.13, 1.02), "last": (SERIES[5], 0.13, 1.1)}  # colour, below its row, where its number is
 
 
 def sources(result_path):
-    """The files that the figure of such a study is drawn from: its result, and for the HPML project's rows what it published."""
+    """The files that such a figure is drawn from: the result, and for the HPML project's rows what it published."""
     result = results.read(result_path)
     beside = gridtables.kind(result) == "hpml" and gridtables.published(result["study"])["by"]
     return [Path(result_path), *([gridtables.PUBLISHED] if beside else [])]
 
 
 def batches_figure(result_path, target):
-    """Draw a study of batches into the PNG `target`: every timed run as a point, pictures a second and seconds a call, and memory.
+    """Draw a study of batches into the PNG `target`: pictures a second and seconds a call, a point a timed run, and memory.
 
     Raises UserError for a result file that is none, or a `target` that cannot be written. Introduced in
     notebooks/10_the_whole_path.
@@ -41,12 +41,13 @@ def batches_figure(result_path, target):
     panels = figure.subplots(1, 3)
     values = {"images a second": lambda batch, s: batch / s, "seconds a call": lambda batch, s: s}
     for k, (way, by_batch) in enumerate(ways.items()):
-        rows = {batch: row for batch, row in by_batch.items() if row["status"] == "ok"}
+        beside, rows = (k - 1) * 0.1, {batch: row for batch, row in by_batch.items() if row["status"] == "ok"}
         for axes, (name, value) in zip(panels, values.items(), strict=False):
-            _runs(axes, way, (k - 1) * 0.1, {batch: row["latency_s"] for batch, row in rows.items()}, value)
+            _runs(axes, way, beside, {batch: row["latency_s"] for batch, row in rows.items()}, value)
             axes.set_title(f"{name}, every timed run", fontsize=11, color=INK)
-        _line(panels[2], way, {batch: row["peak_memory_bytes"] / GIB for batch, row in rows.items()}, (k - 1) * 0.1, WAYS[way][1])
-        _failures(panels[0], way, (k - 1) * 0.1, by_batch)
+        memory = {batch: row["peak_memory_bytes"] / GIB for batch, row in rows.items()}
+        _line(panels[2], way, memory, beside, WAYS[way][1])
+        _failures(panels[0], way, beside, by_batch)
     panels[2].set_title("peak memory, GiB", fontsize=11, color=INK)
     panels[1].set_yscale("log")
     _plain(panels[1].yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), panels[1].get_ylim())
@@ -67,7 +68,8 @@ def batches_figure(result_path, target):
 
 def _line(axes, way, points, beside, marker=None):
     """A line through `points`, {batch: value}, moved a little sideways, so that those of another way can be seen."""
-    axes.plot([batch * 2**beside for batch in points], points.values(), color=WAYS[way][0], marker=marker, linewidth=1.2, markersize=5)
+    xs = [batch * 2**beside for batch in points]
+    axes.plot(xs, points.values(), color=WAYS[way][0], marker=marker, linewidth=1.2, markersize=5)
 
 
 def _runs(axes, way, beside, latencies, value):
@@ -77,15 +79,18 @@ def _runs(axes, way, beside, latencies, value):
     for batch, latency in latencies.items():
         runs = latency["runs"]
         xs = [batch * 2 ** (beside + 0.08 * (k / max(1, len(runs) - 1) - 0.5)) for k in range(len(runs))]
-        axes.plot(xs, [value(batch, s) for s in runs], marker, color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0, ls="")
+        ys = [value(batch, seconds) for seconds in runs]
+        axes.plot(xs, ys, marker, color=colour, markersize=4.5, alpha=0.6, markeredgewidth=0, linestyle="")
 
 
 def _failures(axes, way, beside, by_batch):
     for batch, row in by_batch.items():
         if row["status"] != "ok":
             words = f"x  {WAYS[way][2].partition(',')[0]}: {gridtables.reason(row)}"
-            x = batch * 2 ** (beside * 1.6)
-            axes.text(x, 0.02, words, transform=axes.get_xaxis_transform(), rotation=90, va="bottom", ha="center", fontsize=8.5, color=WAYS[way][0])
+            axes.text(
+                batch * 2 ** (beside * 1.6), 0.02, words, transform=axes.get_xaxis_transform(), rotation=90, va="bottom",
+                ha="center", fontsize=8.5, color=WAYS[way][0],
+            )  # fmt: skip
 
 
 def _plain(axis, ticks, limits):
@@ -96,7 +101,7 @@ def _plain(axis, ticks, limits):
 
 
 def hpml_figure(result_path, target):
-    """Draw the HPML project's rows into the PNG `target`: time and memory beside the published, each as a ratio to its baseline.
+    """Draw the HPML project's rows into the PNG `target`: time and memory, ours and the published, by their baselines.
 
     Raises UserError as `batches_figure` does. Introduced in notebooks/10_the_whole_path.
     """
@@ -108,16 +113,16 @@ def hpml_figure(result_path, target):
     for y, row in enumerate(rows):
         i = row["id"]
         if row["status"] != "ok":
-            left.text(0.02, y, textwrap.shorten(row["status"], 90, placeholder=" …"), va="center", fontsize=8, color=QUIET, style="italic")
+            words = textwrap.shorten(row["status"], 90, placeholder=" …")
+            left.text(0.02, y, words, va="center", fontsize=8, color=QUIET, style="italic")
         elif base:
             gained = gridtables.gain(row, base)
-            label = f"{gained['speedup']:.2f}x   {figures.seconds(row['latency_s']['median'])}"
-            _pair(left, y, 0, gained["speedup"], label, OURS)
+            speedup = gained["speedup"]
+            label = f"{speedup:.2f}x   {figures.seconds(row['latency_s']['median'])}"
+            _pair(left, y, 0, speedup, label, OURS)
             if base is not row:
-                left.errorbar(
-                    gained["speedup"], y - 0.19, xerr=[[gained["speedup"] - gained["low"]], [gained["high"] - gained["speedup"]]],
-                    color=INK, capsize=2, linewidth=1,
-                )  # fmt: skip
+                spread = [[speedup - gained["low"]], [gained["high"] - speedup]]
+                left.errorbar(speedup, y - 0.19, xerr=spread, color=INK, capsize=2, linewidth=1)
             share = row["peak_memory_bytes"] / base["peak_memory_bytes"]
             _pair(right, y, 0, share, f"{share:.2f}x   {row['peak_memory_bytes'] / GIB:.1f} GiB", OURS)
         if i in other["s"]:
@@ -128,14 +133,20 @@ def hpml_figure(result_path, target):
             _pair(right, y, 1, share, f"{share:.2f}x   {other['GB'][i]:g} GB", THEIRS)
     figures.rows_down(left, [f"{row['id']}\n{row['label']}" for row in rows])
     left.tick_params(axis="y", labelsize=8)
-    for axes, name in ((left, "times faster than the baseline of the same machine"), (right, "peak memory, that of the baseline is 1")):
+    for axes, name in (
+        (left, "times faster than the baseline of the same machine"),
+        (right, "peak memory, that of the baseline is 1"),
+    ):
         axes.axvline(1, color=QUIET, linewidth=0.8, linestyle=":", zorder=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, axes.dataLim.x1 * 1.35 if base or other["s"] else 1)
         axes.set_xlabel(name, color=QUIET)
     where = result["environment"]["gpu"] or result["environment"]["cpu"]
-    handles = [Patch(color=OURS, label=f"measured here, {where}"), Patch(facecolor=THEIRS, label=f"published, {other['by']}", hatch="//", edgecolor="white")]
+    handles = [
+        Patch(color=OURS, label=f"measured here, {where}"),
+        Patch(facecolor=THEIRS, label=f"published, {other['by']}", hatch="//", edgecolor="white"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figures.title(figure, "The HPML project's rows, here and as it published them", result)
     figures.save(figure, target, sources(result_path))
@@ -193,7 +204,7 @@ def attribution_figure(result_path, target):
                     strict=True,
                 )
             ),
-            Line2D([], [], color=QUIET, marker="o", markersize=7, markerfacecolor="white", linestyle="", label="within the spread"),
+            Line2D([], [], color=QUIET, marker="o", markersize=7, mfc="white", linestyle="", label="within the spread"),
         ],
         loc="outside lower center",
         ncols=3,

@@ -1,4 +1,4 @@
-"""The tables of the studies whose rows share pipelines, as text cells: batches, the HPML project's rows, what a step is worth."""
+"""The tables of the studies whose rows share pipelines, as text cells: batches, the HPML project's rows, steps' worth."""
 
 import math
 from pathlib import Path
@@ -11,18 +11,18 @@ KINDS = ("batches", "hpml", "attribution")
 WORDS = {  # what a study is about, and how to read it
     "batches": (
         "how many pictures at once",
-        "A larger batch fills the GPU better until it is full; from then on it costs time and memory in proportion. What did not "
-        "fit is told with its reason.",
+        "A larger batch fills the GPU better until it is full; from then on it costs time and memory in proportion. What "
+        "did not fit is told with its reason.",
     ),
     "hpml": (
         "the HPML project's rows",
-        "The same configurations in the order of the project's own tables, in fp16 and with its mode of the compiler. Its GPU was "
-        "another: what can be compared is how many times faster each row is than the baseline of its own machine.",
+        "The same configurations in the order of the project's own tables, in fp16 and with its mode of the compiler. Its GPU "
+        "was another: what can be compared is how many times faster each row is than the baseline of its own machine.",
     ),
     "attribution": (
         "what each step is worth",
-        "A ladder pays a step for what is left when its turn comes. Here each step is paid twice: where it is taught, upon those "
-        "before it, and as if it came last, by what the whole path loses without it.",
+        "A ladder pays a step for what is left when its turn comes. Here each step is paid twice: where it is taught, upon "
+        "those before it, and as if it came last, by what the whole path loses without it.",
     ),
 }
 WAYS = ("eager", "compiled", "engine")
@@ -152,7 +152,8 @@ def _of_batches(result):
     labels = dict.fromkeys(row["label"].rpartition(", batch")[0] for row in result["rows"])
     said = [f"{'; '.join(labels)}: seconds a call, medians, prompt to pictures"]
     if rows:
-        spread = {i: (row["latency_s"]["p80"] - row["latency_s"]["p20"]) / row["latency_s"]["median"] for i, row in rows.items()}
+        latencies = {i: row["latency_s"] for i, row in rows.items()}
+        spread = {i: (latency["p80"] - latency["p20"]) / latency["median"] for i, latency in latencies.items()}
         widest = max(spread, key=spread.get)
         timed = [len(row["latency_s"]["runs"]) for row in rows.values()]
         calls = " to ".join(dict.fromkeys(map(str, (min(timed), max(timed)))))
@@ -166,7 +167,7 @@ def _of_batches(result):
             each = ", ".join(f"{figures.seconds(s)} at {batch}" for batch, s in calls)
             said.append(f"first call of a batch, {way}: {each}{_found(by_batch.values())}")
     if other["s"]:
-        said.append(f"published: x-stable-diffusion's table of stock PyTorch in fp16 on an {other['by']}, as far as it was filled")
+        said.append(f"published: x-stable-diffusion's, of stock PyTorch in fp16 on an {other['by']}, as far as its table was filled")
     return said
 
 
@@ -203,7 +204,7 @@ def _hpml(result):
 
 def _of_hpml(result):
     rows, by = measured(result), published(result["study"])["by"]
-    said = [f"published: the HPML project's figures, on an {by}; only ratios to the own baseline are beside each other"] if by else []
+    said = [f"published: the HPML project's figures, on an {by}: compare the ratios to the own baseline alone"] if by else []
     if {"compiled", "euler_30"} <= rows.keys():
         again = gain(rows["euler_30"], rows["compiled"])["speedup"]
         said.append(
@@ -249,7 +250,9 @@ def _of_attribution(result):
         "laid bare what it speeds up, and less where they speed up the same"
     )
     if any(step["step"] == "sdpa" and step["last"] for step in told):
-        said.append("sdpa: fused projections attend by SDPA anyway, so it is left out with them, and compared with the path without them")
+        said.append(
+            "sdpa: fused projections attend by SDPA anyway, so it is left out with them, and compared with the path without them"
+        )
     idle = [step["step"] for step in told if step["idle"]]
     if idle:
         said.append(f"{', '.join(idle)}: rounds no layer on this GPU, so that the pipeline is the same with it and without")
