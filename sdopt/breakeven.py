@@ -20,6 +20,10 @@ RULE = (
     "between: if every later picture took the p20 of the one way and the p80 of the other, or the reverse; warm: another "
     "process finds on disk what was compiled"
 )
+COUNTED_IN = {
+    "before_s": "seconds of an earlier process whose search was taken up, which are counted in",
+    "shared_s": "seconds of several processes that searched side by side, added up as one would have taken, counted in",
+}
 MOST = 1_000_000  # pictures: nobody waits for more
 
 
@@ -55,6 +59,24 @@ def ways(result):
                     first = row.get("prepare_s", 0.0) + seconds
                     found.append(Way(row["id"], row["label"], warm, first, row["latency_s"]))
     return found
+
+
+def first_calls(rows):
+    """What is to be said of the first calls of rows that compile, a sentence each."""
+    calls = {row["id"]: row["first_calls"] for row in rows if row.get("first_calls")}
+    if not calls:
+        return []
+    found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
+    some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
+    counted = {
+        part: [f"{i} {figures.seconds(c[part])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get(part)]
+        for part in COUNTED_IN
+    }
+    return [
+        "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
+        f"another process, which finds it there{some}",
+        *(f"first call, {COUNTED_IN[part]}: {', '.join(those)}" for part, those in counted.items() if those),
+    ]
 
 
 def pictures(way, other, mine="median", theirs="median"):

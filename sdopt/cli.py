@@ -30,7 +30,8 @@ def parser():
     bench.add_argument(
         "study",
         metavar="STUDY",
-        help="{pocket,sd15,sdxl}-{path,engine,stages,break-even}, {sd15,sdxl}-peers, pocket-quality or pocket-gate",
+        help="{pocket,sd15,sdxl}-{path,engine,stages,break-even,batches}, {sd15,sdxl}-peers, sd15-hpml, "
+        "{pocket,sdxl}-attribution, pocket-quality or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
@@ -105,7 +106,7 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import peers, stages, studies, survey, walk
+    from sdopt.bench import grids, peers, sharing, stages, studies, survey, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
@@ -115,6 +116,8 @@ def _bench(options):
     runs, steps, pictures = given
     if study.pictures is None and pictures is not None:
         raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
+    if study.name.endswith("-batches") and options.batch != 1:
+        raise UserError(f"--batch is not for {study.name}, whose rows are batches: choose some of them with --only")
     weights = options.weights or study.weights
     shared = studies.settings(
         study.model, weights, options.height, options.width, steps, options.batch, runs, pictures
@@ -132,7 +135,9 @@ def _bench(options):
             retry=options.retry,
         )
         machine = results.machine_name(ledger.result["environment"])
-        estimates = studies.estimate(rows, report.recorded(machine, study.name), shared)
+        path = report.recorded(machine, f"{study.model}-path")
+        estimates = grids.reckon(rows, path, shared) if study.kind == "shared" else {}
+        estimates |= studies.estimate(rows, report.recorded(machine, study.name), shared)
         print(report.plan(study, rows, estimates, machine, [row.id for row in rows if ledger.is_done(row.id)]))
         return 0
     studies.check_room(options.out, shared)
@@ -148,6 +153,11 @@ def _bench(options):
     elif study.kind == "quality":
         with _progress(len(rows), "row") as progress:
             result = survey.survey(
+                *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
+            )
+    elif study.kind == "shared":
+        with _progress(len(rows), "row") as progress:
+            result = sharing.share(
                 *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
             )
     else:

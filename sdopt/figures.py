@@ -77,7 +77,9 @@ def described(result):
     s, e = result["settings"], result["environment"]
     where, name = e["gpu"] or e["cpu"], MODELS[s["model"]].title
     weights = ", random weights (times are real, pictures are noise)" if s["weights"] == "random" else ""
-    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {s['batch']}, {where}"
+    batches = {row["settings"].get("batch", s["batch"]) for row in result["rows"]} or {s["batch"]}
+    batch = " to ".join(dict.fromkeys(map(str, (min(batches), max(batches)))))
+    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {batch}, {where}"
 
 
 def ladder(rows, recorded=()):

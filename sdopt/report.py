@@ -11,6 +11,8 @@ from sdopt import (
     cards,
     figures,
     frontfigures,
+    gridfigures,
+    gridtables,
     pathfigures,
     peerfigures,
     records,
@@ -22,9 +24,11 @@ from sdopt import (
     timefigures,
 )
 from sdopt.errors import UserError
+from sdopt.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = tuple(f"*-{kind}.json" for kind in ("path", "peers", "engine", "break-even", "stages", "quality", "gate"))
+KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", *gridtables.KINDS)
+STUDIES = tuple(f"*-{kind}.json" for kind in KINDS)
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
@@ -37,6 +41,7 @@ STUDY_BLOCKS = {
 }
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
 FIGURE = "figure"  # a block that shows a study's figure
+WHOLE = "study"  # a block with all that is shown of a study
 PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/04_compile.ipynb", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {
@@ -44,6 +49,7 @@ MEASURED = {
     "peers": "all rows side by side, a picture each in turn",
     "stages": "a process a row, one after the other, each stage predicted before it is timed",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
+    "shared": "rows that share a pipeline in one process, one after the other",
 }
 
 text = tables.text
@@ -150,6 +156,8 @@ def _drawings(path):
         return [path], {"": partial(rooflinefigures.roofline_figure, path)}
     if tables.is_break_even(result):
         return [path], {"": partial(breakeven.break_even_figure, path)}
+    if gridtables.kind(result):
+        return gridfigures.sources(path), {"": partial(gridfigures.FIGURES[gridtables.kind(result)], path)}
     if tables.is_peers(result):
         drawings = {"": partial(peerfigures.peers_figure, path)}
         if path.stem.endswith("-peers"):
@@ -189,12 +197,26 @@ def _renewed(words, page, data):
 
 def _block(found, page, data):
     kind, study, _ = found.groups()
-    if kind not in (*BLOCKS, FIGURE):
-        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, FIGURE))}")
+    if kind not in (*BLOCKS, FIGURE, WHOLE):
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, FIGURE, WHOLE))}")
     source, said = data / f"{study}.json", ""
-    if kind == FIGURE and source.exists():
-        drawn = data.parent / f"{study.replace('/', '-')}.png"
-        said = f"![{figures.described(results.read(source))}]({os.path.relpath(drawn, page.parent)})\n"
-    elif source.exists():  # what is not measured yet leaves its place empty
-        said = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(source)) + "\n"
+    if kind == WHOLE and source.stem.rpartition("-")[2] not in gridtables.KINDS:
+        raise UserError(f"{page} asks for all of {source.stem}, which is none of these: *-{', *-'.join(gridtables.KINDS)}")
+    if source.exists():  # what is not measured yet leaves its place empty
+        if kind in (FIGURE, WHOLE):
+            drawn = os.path.relpath(data.parent / f"{study.replace('/', '-')}.png", page.parent)
+            said = (_whole if kind == WHOLE else _figure)(results.read(source), drawn)
+        else:
+            said = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(source)) + "\n"
     return f"{OPENING}{kind} {study} -->\n{said}<!-- /sdopt -->"
+
+
+def _figure(result, drawn):
+    return f"![{figures.described(result)}]({drawn})\n"
+
+
+def _whole(result, drawn):
+    """A heading, how to read it, the table and the figure of a study."""
+    title, words = gridtables.WORDS[gridtables.kind(result)]
+    title = f"{tables.first_upper(MODELS[result['settings']['model']].title)}: {title}"
+    return f"#### {title}\n\n{words}\n\n{tables.markdown(result)}\n\n![{title}]({drawn})\n"

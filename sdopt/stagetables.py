@@ -2,7 +2,7 @@
 
 import statistics
 
-from sdopt import grids
+from sdopt import pagetables
 from sdopt.figures import NAMES, described, profiled_calls
 
 HEADER = (
@@ -63,7 +63,7 @@ def rates(result):
     """What the GPU's kernels do in a picture's UNet calls, by kind, at each row of a study of stages, for a page."""
     said = "Inside the UNet's calls of a picture, what the GPU's kernels did, by kind, and how long it waited between them."
     about = described(result)
-    return f"{said} {about[0].upper()}{about[1:]}.\n\n{grids.lined(RATES_HEADER, *_rates(result), words=1)}"
+    return f"{said} {about[0].upper()}{about[1:]}.\n\n{pagetables.lined(RATES_HEADER, *_rates(result), words=1)}"
 
 
 def _rates(result):

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import breakeven, figures, grids, qualitytables, results, stagetables
+from sdopt import breakeven, figures, gridtables, pagetables, qualitytables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -21,10 +21,6 @@ PEERS_HEADER = (
 )
 KERNELS_HEADER = ("kernel", "shape", "eager", "torch.compile", "ours", "ours, GB/s", "of a copy's speed")
 FAILED = "failed: "
-COUNTED_IN = {
-    "before_s": "seconds of an earlier process whose search was taken up, which are counted in",
-    "shared_s": "seconds of several processes that searched side by side, added up as one would have taken, counted in",
-}
 
 
 def table(result):
@@ -39,6 +35,8 @@ def table(result):
         header, lines = stagetables.HEADER, stagetables.lines(result)
     elif is_break_even(result):
         header, lines = breakeven.HEADER, breakeven.lines(result)
+    elif gridtables.kind(result):
+        header, lines = gridtables.table(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -133,6 +131,8 @@ def remarks(result):
         return [*qualitytables.remarks(result), *_gpu(result)]
     if is_stages(result):
         return [*stagetables.remarks(result), *_gpu(result)]
+    if gridtables.kind(result):
+        return [*gridtables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}
@@ -154,24 +154,7 @@ def remarks(result):
     if beside:
         named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
         said.append(f"beside the nine steps, compared with the baseline alone: {named}")
-    return [*said, *_first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
-
-
-def _first_calls(rows):
-    calls = {row["id"]: row["first_calls"] for row in rows if row.get("first_calls")}
-    if not calls:
-        return []
-    found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
-    some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
-    counted = {
-        part: [f"{i} {figures.seconds(c[part])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get(part)]
-        for part in COUNTED_IN
-    }
-    return [
-        "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
-        f"another process, which finds it there{some}",
-        *(f"first call, {COUNTED_IN[part]}: {', '.join(rows)}" for part, rows in counted.items() if rows),
-    ]
+    return [*said, *breakeven.first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
 
 
 def _attention(rows):
@@ -244,14 +227,14 @@ def _line(cells, widths, words):
 def markdown(result):
     """A study's table and its remarks for a page, with what was measured where."""
     cells = table(result)
-    grid = grids.lined(*cells, words=_words(cells[0]))
+    grid = pagetables.lined(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
 
 
 def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
-    grid = grids.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
+    grid = pagetables.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
 
 
@@ -264,7 +247,7 @@ def kernels(result):
         rate, share = row["bytes"] / seconds["ours"] / 1e9, seconds["copy"] / seconds["ours"]
         lines.append([row["kernel"], shape, *times, f"{rate:,.0f}", f"{share:.0%}"])
     about = f"{result['environment']['gpu']}, {result['settings']['dtype']}; {_versions(result)}"
-    return f"{about}.\n\n{grids.lined(KERNELS_HEADER, *lines, words=2)}"
+    return f"{about}.\n\n{pagetables.lined(KERNELS_HEADER, *lines, words=2)}"
 
 
 def _versions(result):
@@ -281,7 +264,7 @@ def published(content):
     lines = [
         (row["what"], row["hardware"] or "", _figures(row["figures"]), _link(row["source"])) for row in content["rows"]
     ]
-    return grids.lined(("what", "hardware", "figures", "source"), *lines, words=4)
+    return pagetables.lined(("what", "hardware", "figures", "source"), *lines, words=4)
 
 
 def _figures(values):

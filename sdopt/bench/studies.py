@@ -7,23 +7,22 @@ from pathlib import Path
 import torch
 
 from sdopt import models, path, quantization, results
-from sdopt.bench import recipes, sweeps
+from sdopt.bench import grids, recipes, sweeps
+from sdopt.bench.grids import EAGER, LOAD_S
 from sdopt.bench.row import Recipe
 from sdopt.bench.sweeps import NINE
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
 
-EAGER = ("bf16", "sdpa")
 NEEDED_BYTES = 64 * 2**20
-LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
 GATE_STEPS = 5
 
 
 @dataclass(frozen=True)
 class Study:
     """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn; "quality": rows
-    that share a pipeline in one process, each timed and then judged by `pictures` of it; "stages": each row in a fresh process,
-    each of its stages predicted before it is timed.
+    that share a pipeline in one process, each timed and then judged by `pictures` of it; "shared": the same, timed alone;
+    "stages": each row in a fresh process, each of its stages predicted before it is timed.
     """
 
     name: str
@@ -52,6 +51,12 @@ STUDIES = {
         Study("pocket-break-even", "peers", "pocket", "shipped", 9),
         Study("sd15-break-even", "peers", "sd15", "random", 9),
         Study("sdxl-break-even", "peers", "sdxl", "random", 9),
+        Study("pocket-batches", "shared", "pocket", "shipped", 9),
+        Study("sd15-batches", "shared", "sd15", "random", 9, steps=35),  # x-stable-diffusion's work
+        Study("sdxl-batches", "shared", "sdxl", "random", 5),
+        Study("sd15-hpml", "shared", "sd15", "random", 9),
+        Study("pocket-attribution", "shared", "pocket", "shipped", 5),
+        Study("sdxl-attribution", "shared", "sdxl", "random", 5),
         Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
         Study("pocket-gate", "quality", "pocket", "shipped", 3, steps=GATE_STEPS, pictures=24),
     )
@@ -102,6 +107,8 @@ def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
     if study.kind == "quality":
         return sweeps.gate_rows(steps) if study.name.endswith("-gate") else sweeps.rows(device, steps)
+    if study.kind == "shared":
+        return grids.ROWS[study.name.partition("-")[2]](device, steps)
     options = {"cutoff": 0.4, "steps": steps}
     whole = Recipe("whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine)
     if study.name.endswith("-engine"):
