@@ -45,7 +45,7 @@ def to_float8(x: torch.Tensor, scales: str | torch.Tensor = "row", out: Scaled |
     `out`: where it is written, None: to new tensors. Raises UserError for other shapes, layouts or dtypes, or a GPU that
     has no e4m3. Source: https://arxiv.org/abs/2209.05433.
     """
-    launch.check(NAME, x, scales=scales if isinstance(scales, torch.Tensor) else None)
+    launch.check(NAME, x)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))
     wide = x.shape[-1] if x.ndim else 0
     if not 0 < wide <= LONGEST:
@@ -85,6 +85,7 @@ def place(kernel: str, x: torch.Tensor, shape: tuple[int, ...], scales: str | to
     if x.is_cuda and (found := torch.cuda.get_device_capability(x.device)) < CAPABILITY:
         raise UserError(f"{kernel}: e4m3 needs compute capability 8.9 or later, this GPU has {found[0]}.{found[1]}")
     if isinstance(scales, torch.Tensor):
+        launch.check(kernel, x, scales=scales)
         if scales.dtype is not torch.float32 or scales.numel() != 1:
             raise UserError(f"{kernel}: a scale for all rows is one float32 number: make it a tensor of that")
     elif scales == "row":
