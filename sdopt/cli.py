@@ -30,7 +30,8 @@ def parser():
     bench.add_argument(
         "study",
         metavar="STUDY",
-        help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers, {pocket,sd15,sdxl}-engine, pocket-quality or pocket-gate",
+        help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers, {pocket,sd15,sdxl}-engine, sdxl-throughput, pocket-quality "
+        "or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
@@ -105,7 +106,7 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import peers, studies, survey, walk
+    from sdopt.bench import peers, studies, survey, throughput, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
@@ -117,7 +118,7 @@ def _bench(options):
         raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
     weights = options.weights or study.weights
     shared = studies.settings(
-        study.model, weights, options.height, options.width, steps, options.batch, runs, pictures
+        study.model, weights, options.height, options.width, steps, options.batch, runs, pictures, study.guidance_scale
     )
     if not 0 < options.limit < float("inf"):
         raise UserError(f"--limit {options.limit:g} is no time a call may take: give seconds, or leave it out")
@@ -144,6 +145,11 @@ def _bench(options):
         with _progress(len(rows), "row") as progress:
             result = survey.survey(
                 *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
+            )
+    elif study.kind == "throughput":
+        with _progress(len(rows), "row") as progress:
+            result = throughput.by_batch(
+                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
             )
     else:
         with _progress(runs, "round") as progress:

@@ -75,7 +75,8 @@ def described(result):
     s, e = result["settings"], result["environment"]
     where, name = e["gpu"] or e["cpu"], MODELS[s["model"]].title
     weights = ", random weights (times are real, pictures are noise)" if s["weights"] == "random" else ""
-    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {s['batch']}, {where}"
+    batch = "a batch a row" if result["study"].endswith("-throughput") else f"batch {s['batch']}"
+    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, {batch}, {where}"
 
 
 def ladder(rows, recorded=()):

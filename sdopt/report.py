@@ -9,7 +9,7 @@ from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, record
 from sdopt.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json")
+STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json", "*-throughput.json")
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
@@ -21,6 +21,7 @@ MEASURED = {
     "path": "a process a row, one after the other",
     "peers": "all rows side by side, a picture each in turn",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
+    "throughput": "a process a row, each with more pictures at once",
 }
 
 text = tables.text
@@ -121,6 +122,8 @@ def _stale(root):
 def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
     result, pictures = results.read(path), path.with_suffix("")
+    if tables.is_throughput(result):
+        return [path], {}
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
     if tables.is_peers(result):

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, qualitytables, results
+from sdopt import figures, qualitytables, ratetables, results
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -31,6 +31,8 @@ def table(result):
     """
     if is_quality(result):
         header, lines = qualitytables.HEADER, qualitytables.lines(result)
+    elif is_throughput(result):
+        header, lines = ratetables.HEADER, ratetables.lines(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -46,6 +48,11 @@ def is_peers(result):
 def is_quality(result):
     """Whether a study is about what many pictures show: its rows have intervals, and no step before."""
     return result["study"].endswith(("-quality", "-gate"))
+
+
+def is_throughput(result):
+    """Whether the rows of a study differ in how many pictures they draw at once."""
+    return result["study"].endswith("-throughput")
 
 
 def _measured(result):
@@ -113,6 +120,8 @@ def remarks(result):
     rows, said = _measured(result), []
     if is_quality(result):
         return [*qualitytables.remarks(result), *_gpu(result)]
+    if is_throughput(result):
+        return [*ratetables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}

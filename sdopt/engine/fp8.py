@@ -127,7 +127,11 @@ class Layers(dict):
         if self.replay:
             self.replay()
         elif self:
-            self.replay, _ = capture(lambda: [layer.gather() for layer in self.values()] and None)
+            self.replay, _ = capture(self._round)
+
+    def _round(self):
+        for layer in self.values():
+            layer.gather()
 
 
 def layers(blocks, rounding: Rounding | None) -> Layers:
