@@ -53,6 +53,7 @@ def test_a_prepared_pipeline_draws_nearly_the_same_and_rounds_weights_once_a_pic
     assert len(captured) == made + 4, "the weights, what the prompt gives, a step, the decoder"
     assert engine.fp8_layers(rounding) == 4 * BLOCKS
     assert close(ours, eager) and not np.array_equal(ours, plain)
+    assert not rounding.unet.forward.held.joined, "which nobody needs"
     assert np.array_equal(draw(), ours) and len(captured) == made + 4
     engine.restore(rounding)
     assert np.array_equal(draw(), eager) and engine.fp8_layers(rounding) == 0
@@ -105,10 +106,18 @@ def test_a_small_model_has_no_layer_that_gains(rounding):
 def test_few_rows_may_not_be_worth_it_where_many_are(rounding, monkeypatch):
     monkeypatch.setattr(fp8, "FEWEST", 2 * 16 * 64 * 256)
     engine.prepare(rounding, precision="fp8")
-    small(rounding, height=8, width=8)
-    assert engine.fp8_layers(rounding) == 0
+    few = small(rounding, height=8, width=8)
+    held = rounding.unet.forward.held
+    assert engine.fp8_layers(rounding) == 0 and len(held.joined) == BLOCKS, "as without fp8"
     small(rounding)
     assert engine.fp8_layers(rounding) == 2 * BLOCKS, "a feed-forward's two halves"
+    for name, weight in rounding.unet.named_parameters():
+        if "attn1.to_v" in name:
+            weight.data.mul_(2)
+    ours = small(rounding, height=8, width=8)
+    engine.restore(rounding)
+    assert np.abs(ours - few).max() > 1e-3
+    assert np.array_equal(ours, small(engine.prepare(rounding), height=8, width=8))
 
 
 def test_a_cutoff_changes_the_batch(rounding):

@@ -27,7 +27,9 @@ from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, 
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
 DTYPE, MULTIPLE = torch.bfloat16, 16
-FEWEST = 2**31  # multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3
+# Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3: what makes the layers of the sweep
+# fp8-shapes fastest in sum. Provisional until that is recorded.
+FEWEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ def check(unet: nn.Module, rounding: Rounding):
     if unet.dtype is not DTYPE:
         raise UserError(f"fp8 is for a pipeline in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
     try:
-        product(*(Scaled(torch.zeros(32, 32, device=unet.device).to(E4M3), scale) for scale in _ones(rounding, 32, unet.device)))
-    except RuntimeError as error:  # PyTorch before 2.11 has no scale a row for compute capability 12.0
+        new = lambda shape, dtype=torch.float32: torch.zeros(shape, device=unet.device).to(dtype)
+        few = Scaled(new((32, 32), E4M3), new((32, 1) if rounding.scales == "row" else ()))
+        product(few, few, new(32, DTYPE))
+    except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
         raise UserError(f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}") from error
 
 
@@ -124,14 +128,15 @@ class Layers(dict):
     @torch.no_grad()
     def gather(self, capture):
         """Round all weights; by a graph from the second time on, `capture(call)` returning its replay first."""
+
+        def round_all():
+            for layer in self.values():
+                layer.gather()
+
         if self.replay:
             self.replay()
         elif self:
-            self.replay, _ = capture(self._round)
-
-    def _round(self):
-        for layer in self.values():
-            layer.gather()
+            self.replay, _ = capture(round_all)
 
 
 def layers(blocks, rounding: Rounding | None) -> Layers:
@@ -190,10 +195,6 @@ def _fits(part):
 
 def _scale(largest):
     return largest.float().clamp(min=TINIEST) / LARGEST
-
-
-def _ones(rounding, n, device):
-    return (torch.ones((n, 1) if rounding.scales == "row" else (), device=device) for _ in range(2))
 
 
 def _line(error):
