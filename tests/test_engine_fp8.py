@@ -12,7 +12,7 @@ from tiny import psnr
 from sdopt import engine, guidance, models, precision
 from sdopt.engine import fp8
 from sdopt.errors import UserError
-from sdopt.kernels import to_float8
+from sdopt.kernels import launch, to_float8
 
 EVERY = {"precision": "fp8", "filter": "all"}
 BLOCKS = 8  # of the tiny UNet: 2 of each of its 4 transformers
@@ -33,6 +33,7 @@ def rounding(captured, tiny, monkeypatch):  # noqa: F811
     """The tiny pipeline in bfloat16, on a GPU of compute capability 9.0, as far as it can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fp8, "to_float8", by_reference)
+    monkeypatch.setattr(launch, "INTERPRETED", True)  # where there is a GPU, too: all kernels are their references
     return precision.half_precision(tiny)
 
 
@@ -71,7 +72,20 @@ def test_weights_changed_in_place_are_rounded_again(rounding, captured):  # noqa
     assert len(captured) == made and np.abs(ours - before).max() > 1e-3
     engine.restore(rounding)
     assert close(ours, small(rounding))
-    assert np.array_equal(small(engine.prepare(rounding, **EVERY)), ours)
+
+
+@pytest.mark.parametrize("scales", fp8.SCALES)
+def test_weights_are_rounded_again_as_if_they_had_always_been_so(rounding, scales):
+    once = {"num_inference_steps": 1}
+    engine.prepare(rounding, scales=scales, **EVERY)
+    before = small(rounding, **once)
+    for name, weight in rounding.unet.named_parameters():
+        if any(part in name for part in ("to_q", "to_v", "ff.net", "norm1", "norm3")):
+            weight.data.mul_(1.5)
+    ours = small(rounding, **once)
+    engine.restore(rounding)
+    assert np.array_equal(small(engine.prepare(rounding, scales=scales, **EVERY), **once), ours)
+    assert np.abs(ours - before).max() > 1e-3
 
 
 def test_a_lora_is_not_rounded_until_it_is_part_of_the_weights(rounding, captured):  # noqa: F811

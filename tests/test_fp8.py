@@ -178,7 +178,7 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
     for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):  # as after training, and one channel far out
         norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
         norm.weight[5] *= 8
-    x, text = torch.randn(2, 64, 6, 4).bfloat16().float(), torch.randn(2, 7, 64).bfloat16().float()
+    x, text = torch.randn(1, 64, 5, 4).bfloat16().float(), torch.randn(1, 7, 64).bfloat16().float()
     call = lambda model, dtype, device="cpu": model(x.to(device, dtype), text.to(device, dtype), return_dict=False)[0].cpu() - x
     exact = call(copy.deepcopy(model).double(), torch.float64)
     by_hand = call(rounded_by_hand(model, scales), torch.float64)
@@ -199,8 +199,8 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
 
 def test_what_is_worth_it_is_a_question_of_size():
     assert fp8.pays(2048, 1280, 10240) and not fp8.pays(256, 128, 384)
-    (_,), layer = made(64, 32, "cpu")
-    assert layer.pays(1), "asked for all"
+    by_filter = [Layer([nn.Linear(1280, 1280)], None, Rounding("row", filter)) for filter in fp8.FILTERS]
+    assert [[layer.pays(rows) for rows in (16, 16384)] for layer in by_filter] == [[False, True], [True, True]]
 
 
 @torch.no_grad()
@@ -215,6 +215,14 @@ def test_only_layers_that_can_be_are_rounded(monkeypatch):
     block.ff.net[0].proj = nn.Linear(64, 2 * 40).bfloat16()
     block.attn2.to_q = nn.Linear(63, 64, bias=False).bfloat16()
     assert [*fp8.layers([block], every)] == [block.ff.net[0].proj]
+
+
+def test_with_a_scale_for_all_rows_nothing_is_rounded_whose_size_weights_do_not_tell():
+    block = next(m for m in tiny_sdxl().unet.bfloat16().modules() if type(m) is BasicTransformerBlock)
+    wide, narrow = block.ff.net[0].proj, block.ff.net[2]
+    wide.register_forward_hook(lambda module, args, out: 1000 * out)
+    taken = {scales: fp8.layers([block], Rounding(scales, "all")) for scales in fp8.SCALES}
+    assert narrow in taken["row"] and narrow not in taken["tensor"] and wide not in taken["row"]
 
 
 def test_words_it_does_not_know():

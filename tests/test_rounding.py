@@ -101,6 +101,28 @@ def test_errors_by_layer_and_by_call(rounding, monkeypatch):  # noqa: F811
         assert (off["median"] > 1.2 * found["eager_bf16"]["median"]) == way.startswith("engine_fp8")
 
 
+@pytest.mark.gpu
+def test_gpu_errors_of_pocket():
+    """Each layer within what three bits cost it, and a picture no further from fp32's than can be seen."""
+    found = study.errors("cuda", (("pocket", "shipped"),), pictures=16)
+    for row in found["layers"]:
+        assert max(row["off"][way] for way in ("row", "tensor", "row_outlier")) < 2**-4 * (2 / 3) ** 0.5, row
+    calls = found["calls"][0]
+    assert calls["engine_bf16"]["median"] < 1.1 * calls["eager_bf16"]["median"]
+    assert calls["engine_bf16"]["median"] < calls["engine_fp8_row"]["median"] < 2**-3
+    decibels = {row["way"]: row["psnr_db"]["value"] for row in found["pictures"]}
+    assert decibels["engine_bf16"] > decibels["engine_fp8_row"] > 20
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_a_shape_is_timed():
+    for row in study.shapes("cuda", sizes=((2048, 1280),), rounds=3):
+        assert min(row["seconds"].values()) > 0
+        if row["layer"] == "feed-forward 1":
+            assert study.whole(row, "row") < study.whole(row, "bf16"), "SDXL's largest product gains"
+
+
 def test_without_fp8_nothing_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(results, "environment", lambda device: {})

@@ -144,11 +144,12 @@ def layers(blocks, rounding: Rounding | None) -> Layers:
     found = Layers()
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
+        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # what GEGLU gives, by weights alone
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
             block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
             wide: ([wide], of_norm, (block.norm3,)),
-            narrow: ([narrow], of_gated, (block.norm3, wide)),
+            narrow: ([narrow] if bounded else [], of_gated, (block.norm3, wide)),
         }
         for place, (parts, largest, of) in places.items():
             parts = [_merged(part) for part in parts]
