@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sdopt.errors import UserError, exit_code
@@ -31,7 +32,7 @@ def parser():
         "study",
         metavar="STUDY",
         help="{pocket,sd15,sdxl}-{path,engine,stages,break-even,batches}, {sd15,sdxl}-peers, sd15-hpml, "
-        "{pocket,sdxl}-attribution, pocket-quality or pocket-gate",
+        "{pocket,sdxl}-attribution, sdxl-throughput, pocket-quality or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
@@ -106,7 +107,7 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import grids, peers, sharing, stages, studies, survey, walk
+    from sdopt.bench import grids, peers, sharing, stages, studies, survey, throughput, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
@@ -120,7 +121,7 @@ def _bench(options):
         raise UserError(f"--batch is not for {study.name}, whose rows are batches: choose some of them with --only")
     weights = options.weights or study.weights
     shared = studies.settings(
-        study.model, weights, options.height, options.width, steps, options.batch, runs, pictures
+        study.model, weights, options.height, options.width, steps, options.batch, runs, pictures, study.guidance_scale
     )
     if not 0 < options.limit < float("inf"):
         raise UserError(f"--limit {options.limit:g} is no time a call may take: give seconds, or leave it out")
@@ -142,29 +143,17 @@ def _bench(options):
         return 0
     studies.check_room(options.out, shared)
     _download(shared)
-    if study.kind == "path":
-        with _progress(len(rows), "row") as progress:
-            result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
-    elif study.kind == "stages":
-        with _progress(len(rows), "row") as progress:
-            result = stages.look(
-                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
-            )
-    elif study.kind == "quality":
-        with _progress(len(rows), "row") as progress:
-            result = survey.survey(
-                *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
-            )
-    elif study.kind == "shared":
-        with _progress(len(rows), "row") as progress:
-            result = sharing.share(
-                *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
-            )
-    else:
-        with _progress(runs, "round") as progress:
-            result = peers.take_turns(
-                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
-            )
+    measure, known = {
+        "path": (partial(walk.walk, resume=True), order),
+        "peers": (peers.take_turns, order),
+        "quality": (survey.survey, every),
+        "shared": (sharing.share, every),
+        "stages": (stages.look, order),
+        "throughput": (throughput.by_batch, order),
+    }[study.kind]
+    with _progress(*((runs, "round") if study.kind == "peers" else (len(rows), "row"))) as progress:
+        more = {"retry": options.retry, "limit_s": options.limit} | ({} if study.kind == "path" else {"study": study.name})
+        result = measure(shared, rows, device, options.out, progress, known, **more)
     print(report.text(result))
     print(
         f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"

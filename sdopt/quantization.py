@@ -79,6 +79,11 @@ GENERAL = ALWAYS + (
         lambda name, parent, inputs, outputs: min(inputs, outputs) < SMALLEST,
     ),
 )
+SIXTEENS = Rule(
+    "no multiple of 16",
+    "fp8 products take no other sizes",
+    lambda name, parent, inputs, outputs: bool(inputs % 16 or outputs % 16),
+)
 # For Stable Diffusion XL: the shapes that diffusers' tutorial found on an A100 not to gain. The VAE decoder has no
 # others and stays in half precision; the tutorial makes its one shortcut of 128 channels a linear layer all the same.
 SDXL = ALWAYS + (
@@ -121,12 +126,22 @@ def gains_nowhere(device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def has_fp8(device) -> bool:
+    """Whether `device` multiplies 8-bit floats: a GPU of compute capability 8.9 or later."""
+    device = torch.device(device)
+    cuda = device.type == "cuda" and torch.cuda.is_available()
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def explain(pipe, anyway: bool = False, every: bool = False) -> list[Layer]:
     """Every linear layer and 1x1 convolution of UNet and VAE decoder, with the rule that spares it from int8, if any.
 
     `anyway` and `every` as in `int8`. The same before and after it. Introduced in notebooks/06_int8.
     """
-    chosen = rules(pipe, anyway, every)
+    return _explained(pipe, rules(pipe, anyway, every))
+
+
+def _explained(pipe, chosen):
     layers = []
     for model, root in _models(pipe).items():
         for path, module in root.named_modules():
@@ -151,20 +166,47 @@ def int8(pipe, anyway: bool = False, every: bool = False):
     Raises UserError when the pipeline is compiled already.
     Source: diffusers' "Accelerate inference" tutorial; https://github.com/pytorch/ao. Introduced in notebooks/06_int8.
     """
-    if any(compiled_parts(model) for model in _models(pipe).values()):
-        raise UserError("a compiled pipeline cannot be quantised: load it again and apply int8 before compile")
+    _check_not_compiled(pipe, "int8")
+    return _quantised(pipe, explain(pipe, anyway, every), _dynamic_int8(), "Int8Tensor")
+
+
+def torchao_fp8(pipe):
+    """torchao's own fp8, to measure the engine's beside it; returns `pipe`. Eager it is slower: compile next.
+
+    Weights in e4m3 with a scale an output, inputs rounded to it at every call with a scale a row, in the layers that
+    GENERAL leaves, of sizes the product takes. Raises UserError when the pipeline is compiled already, is not in bfloat16,
+    or where the GPU has no fp8. Source: https://github.com/pytorch/ao.
+    """
+    _check_not_compiled(pipe, "fp8")
+    if not has_fp8(pipe.unet.device):
+        raise UserError("fp8 needs a GPU of compute capability 8.9 or later: keep bfloat16")
+    if pipe.unet.dtype is not torch.bfloat16:
+        raise UserError(f"torchao's fp8 is for bfloat16, the UNet is in {str(pipe.unet.dtype)[6:]}: convert it first")
     quantization = _torchao()
-    layers = explain(pipe, anyway, every)
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(), set_inductor_config=False
+    )
+    return _quantised(pipe, _explained(pipe, (*GENERAL, SIXTEENS)), config, "Float8Tensor")
+
+
+def _check_not_compiled(pipe, step):
+    if any(compiled_parts(model) for model in _models(pipe).values()):
+        raise UserError(f"a compiled pipeline cannot be quantised: load it again and apply {step} before compile")
+
+
+def _quantised(pipe, layers, config, kind):
+    """`pipe`, torchao's `config` applied to those of `layers` that no rule spares; their weights become a `kind`."""
+    quantization = _torchao()
     for model, root in _models(pipe).items():
         chosen = {layer.name for layer in layers if layer.model == model and layer.quantised}
         quantization.swap_conv2d_1x1_to_linear(root, lambda part, name: isinstance(part, nn.Conv2d) and name in chosen)
         quantization.quantize_(
             root,
-            _dynamic_int8(),
+            config,
             lambda part, name: (
                 isinstance(part, nn.Linear)
                 and name.removesuffix(".mod") in chosen
-                and not isinstance(part.weight, quantization.Int8Tensor)
+                and type(part.weight).__name__ != kind
             ),
         )
     return pipe
@@ -172,8 +214,17 @@ def int8(pipe, anyway: bool = False, every: bool = False):
 
 def int8_layers(pipe) -> int:
     """How many layers of UNet and VAE decoder are in int8."""
+    return _count(pipe, "Int8Tensor")
+
+
+def torchao_fp8_layers(pipe) -> int:
+    """How many layers of UNet and VAE decoder are in torchao's fp8."""
+    return _count(pipe, "Float8Tensor")
+
+
+def _count(pipe, kind):
     parts = (part for model in _models(pipe).values() for part in model.modules() if isinstance(part, nn.Linear))
-    return sum(type(part.weight).__name__ == "Int8Tensor" for part in parts)
+    return sum(type(part.weight).__name__ == kind for part in parts)
 
 
 # Linear layers, inputs by outputs, that diffusers' tutorial found on an A100 not to gain from int8.

@@ -27,7 +27,7 @@ from sdopt.errors import UserError
 from sdopt.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", *gridtables.KINDS)
+KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", "throughput", *gridtables.KINDS)
 STUDIES = tuple(f"*-{kind}.json" for kind in KINDS)
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
@@ -50,6 +50,7 @@ MEASURED = {
     "stages": "a process a row, one after the other, each stage predicted before it is timed",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
     "shared": "rows that share a pipeline in one process, one after the other",
+    "throughput": "a process a row, each with more pictures at once",
 }
 
 text = tables.text
@@ -150,6 +151,8 @@ def _stale(root):
 def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
     result, pictures = results.read(path), path.with_suffix("")
+    if tables.is_throughput(result):
+        return [path], {}
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
     if tables.is_stages(result):

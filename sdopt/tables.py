@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import breakeven, figures, gridtables, pagetables, qualitytables, results, stagetables
+from sdopt import breakeven, figures, gridtables, pagetables, qualitytables, ratetables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -37,6 +37,8 @@ def table(result):
         header, lines = breakeven.HEADER, breakeven.lines(result)
     elif gridtables.kind(result):
         header, lines = gridtables.table(result)
+    elif is_throughput(result):
+        header, lines = ratetables.HEADER, ratetables.lines(result)
     else:
         header, lines = (PEERS_HEADER, _peers(result)) if is_peers(result) else (HEADER, _path(result))
     lines = [header, *([*line, *[""] * (len(header) - len(line))] for line in lines)]
@@ -62,6 +64,11 @@ def is_stages(result):
 def is_quality(result):
     """Whether a study is about what many pictures show: its rows have intervals, and no step before."""
     return result["study"].endswith(("-quality", "-gate"))
+
+
+def is_throughput(result):
+    """Whether the rows of a study differ in how many pictures they draw at once."""
+    return result["study"].endswith("-throughput")
 
 
 def _measured(result):
@@ -133,6 +140,8 @@ def remarks(result):
         return [*stagetables.remarks(result), *_gpu(result)]
     if gridtables.kind(result):
         return [*gridtables.remarks(result), *_gpu(result)]
+    if is_throughput(result):
+        return [*ratetables.remarks(result), *_gpu(result)]
     if is_peers(result):
         runs = max((len(row["latency_s"]["runs"]) for row in rows), default=0)
         groups = {tuple(row.get("beside", ())) for row in rows}

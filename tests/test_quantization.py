@@ -20,9 +20,12 @@ from sdopt.quantization import (
     TUTORIAL_SPARES,
     explain,
     gains_nowhere,
+    has_fp8,
     int8,
     int8_layers,
     rules,
+    torchao_fp8,
+    torchao_fp8_layers,
     tutorial_int8,
 )
 
@@ -160,3 +163,44 @@ def test_the_tutorials_int8_takes_what_its_filter_takes(pipe):
     assert not any(128 in conv.weight.shape[:2] for conv in ones), "they are linear layers now"
     assert any("conv_shortcut" in name for name in linear)
     assert 30 < psnr(draw(pipe, **native(pipe)), before) < 80
+
+
+def test_fp8_is_for_gpus_from_compute_capability_8_9_on(pocket, monkeypatch):
+    assert not has_fp8("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, has in (((7, 5), False), ((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        assert has_fp8("cuda") == has
+    with pytest.raises(UserError, match="8.9 or later"):
+        torchao_fp8(pocket)
+    monkeypatch.setattr("sdopt.quantization.has_fp8", lambda device: True)
+    with pytest.raises(UserError, match="in float32: convert it first"):
+        torchao_fp8(pocket)
+    assert torchao_fp8_layers(pocket) == 0
+
+
+def test_torchaos_fp8_takes_the_layers_that_int8s_rules_leave(pocket, monkeypatch):
+    """All but the rounding itself, which torchao refuses on a CPU."""
+    taken = []
+
+    def quantize(root, config, chosen):
+        assert [type(part).__name__ for part in config.granularity] == ["PerRow", "PerRow"]
+        taken.extend(name for name, part in root.named_modules() if chosen(part, name))
+
+    monkeypatch.setattr("sdopt.quantization.has_fp8", lambda device: True)
+    monkeypatch.setattr("torchao.quantization.quantize_", quantize)
+    fuse_qkv(pocket)
+    torchao_fp8(pocket.to(torch.bfloat16))
+    assert {name.rsplit(".", 1)[-1] for name in taken} >= {"to_qkv", "proj", "2", "to_q"} and len(taken) > 20
+    assert not any(word in name for name in taken for word in ("time_emb", "attn2.to_k", "attn2.to_v", "conv_shortcut"))
+
+
+@pytest.mark.gpu
+def test_gpu_torchaos_fp8_draws_nearly_the_same(pocket):
+    if not has_fp8("cuda"):
+        pytest.skip("this GPU has no fp8")
+    pipe = pocket.to("cuda", torch.bfloat16)
+    before = draw(pipe, **native(pipe))
+    fuse_qkv(pipe)
+    torchao_fp8(pipe)
+    assert torchao_fp8_layers(pipe) > 20 and psnr(draw(pipe, **native(pipe)), before) > 20

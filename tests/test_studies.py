@@ -28,7 +28,8 @@ def test_a_path_study_has_the_nine_steps_and_the_other_two_baselines(name, monke
     assert ids == [*path.NUMBERS, *EXTRAS, "int8_anyway"], "what leaves nothing out would be measured twice"
 
 
-def test_a_peer_study_has_these_rows():
+def test_a_peer_study_has_these_rows(monkeypatch):
+    monkeypatch.setattr(quantization, "has_fp8", lambda device: False)
     rows = studies.rows_of(studies.study("sdxl-peers"), "cuda", 30)
     assert [row.id for row in rows] == [
         *("eager_fp16", "eager_bf16", "compile_reduce_overhead", "compile_max_autotune", "tutorial_recipe"),
@@ -44,6 +45,23 @@ def test_a_peer_study_has_these_rows():
     ]
     assert engine[-1].steps == ("baseline_fp32", "bf16", "sdpa", "tiny_vae", "dpm_20", "cfg_cutoff")
     assert compiles == ["compile_reduce_overhead", "compile_max_autotune", "tutorial_recipe"]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sdxl-engine", "measured"), ("sd15-engine", "measured"), ("pocket-engine", "all")])
+def test_where_the_gpu_has_it_the_engines_studies_have_rows_in_fp8(name, layers, monkeypatch):
+    monkeypatch.setattr(quantization, "has_fp8", lambda device: True)
+    *_, before, torchaos, engines, whole = studies.rows_of(studies.study(name), "cuda", 30)
+    assert [row.id for row in (before, torchaos, engines, whole)] == [
+        *("whole_path_engine", "torchao_fp8", "engine_fp8", "whole_path_engine_fp8")
+    ]
+    asked = []
+    monkeypatch.setattr("sdopt.engine.prepare", lambda pipe, **settings: asked.append(settings))
+    for row in (engines, whole):
+        row.apply(None)
+    assert asked == [{"precision": "fp8", "filter": layers, "scales": "row"}] * 2
+    assert torchaos.compiles and torchaos.steps == engines.steps == ("bf16", "sdpa") and whole.steps == before.steps
+    quality = {row.id: row for row in studies.rows_of(studies.study("pocket-quality"), "cuda", 30)}
+    assert quality["engine_fp8"].pipeline != quality["engine_fp8_tensor"].pipeline != quality["engine_bf16"].pipeline
 
 
 def test_rows_are_chosen_by_id_in_their_own_order():

@@ -60,9 +60,9 @@ def fusions(device, chosen=FUSIONS, **timed):
         ways = {"ours": getattr(kernel, kernel.NAME), "eager": kernel.reference, "compiled": compiled}
         if kernel is linear_geglu:  # what it has to beat: a library's product, and our kernel after it
             ways["apart"] = lambda x, weight, bias: geglu.geglu(linear(x, weight, bias))
-        seconds = {name: kernel_seconds(_in_turn(way, sets), device, **timed) for name, way in ways.items()}
+        seconds = {name: kernel_seconds(in_turn(way, sets), device, **timed) for name, way in ways.items()}
         halves = [torch.randint(256, (2, moved // 2), device=device, dtype=torch.uint8) for _ in sets]
-        seconds["copy"] = kernel_seconds(_in_turn(lambda to, of: to.copy_(of), halves), device, **timed)
+        seconds["copy"] = kernel_seconds(in_turn(lambda to, of: to.copy_(of), halves), device, **timed)
         row = {"kernel": kernel.NAME, "shape": list(shape), "dtype": str(dtype)[6:], "bytes": moved}
         found.append(row | {"seconds": seconds})
     return found
@@ -90,7 +90,7 @@ def _arguments(kernel, shape, device, dtype):
     return (new(*shape),)
 
 
-def _in_turn(way, sets):
+def in_turn(way, sets):
     """A call of `way` with the next of the argument `sets`."""
     upcoming = cycle(sets)
     return lambda: way(*next(upcoming))

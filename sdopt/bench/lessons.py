@@ -1,4 +1,7 @@
-"""python -m sdopt.bench.lessons kernels|tradeoff: what the notebooks say about a GPU, measured on one for their readers."""
+"""python -m sdopt.bench.lessons STUDY: what the notebooks say about a GPU, measured on one for their readers.
+
+The studies: kernels, tradeoff, fp8-shapes, fp8-errors.
+"""
 
 import argparse
 import sys
@@ -66,6 +69,7 @@ VARIANTS = (
     *(Variant("euler", 30, vae="tiny"), Variant("dpm", 20, vae="tiny"), Variant("dpm", 20, 0.4, "tiny")),
 )
 REFERENCE = Variant("dpm", 60)
+FP8 = ("fp8-shapes", "fp8-errors")
 
 
 def products(device, sizes=PRODUCTS):
@@ -215,7 +219,7 @@ def _draw(pipes, variant, model, asked, batch):
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sdopt.bench.lessons", description=__doc__)
-    parser.add_argument("study", choices=("kernels", "tradeoff"))
+    parser.add_argument("study", choices=("kernels", "tradeoff", *FP8))
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the result file (default: out)")
     parser.add_argument("--prompts", type=int, default=768, help="tradeoff: pictures a variant (default: 768)")
     parser.add_argument("--runs", type=int, default=3, help="tradeoff: timed calls a variant (default: 3)")
@@ -238,6 +242,8 @@ def _run(options):
             measured[part.__name__] = part(device)
             results.write_json(options.out / "kernels.json", head | {"metrics": measured})
         return
+    if options.study in FP8:
+        return _fp8(options, head, device)
     model = models.MODELS["pocket"]
     settings = {
         "model": "pocket", "weights": "shipped", "height": model.height, "width": model.width, "steps": 20,
@@ -247,6 +253,20 @@ def _run(options):
     head |= {"study": "pocket-tradeoff", "settings": settings}
     keep = lambda rows: results.write(options.out / "pocket-tradeoff.json", head | {"rows": rows})
     keep(tradeoff(device, prompts=options.prompts, runs=options.runs, tell=keep))
+
+
+def _fp8(options, head, device):
+    if not quantization.has_fp8(device):
+        raise UserError("this study is about fp8: run it where the GPU has compute capability 8.9 or later")
+    from sdopt.bench import rounding, throughput
+
+    head |= {"study": options.study, "settings": {"dtype": "bfloat16"}}
+    if options.study == "fp8-shapes":
+        found = {"products": throughput.ceiling(device), "shapes": rounding.shapes(device)}
+        found |= {"fewest": {way: rounding.fewest(found["shapes"], way) for way in ("row", "tensor")}}
+    else:
+        found = rounding.errors(device)
+    results.write_json(options.out / f"{options.study}.json", head | {"metrics": found})
 
 
 if __name__ == "__main__":

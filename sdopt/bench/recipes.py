@@ -61,10 +61,28 @@ def hpml(pipe):
     return _stock_compile("max-autotune", pipe)
 
 
-def on_engine(pipe):
+def on_engine(pipe, **settings):
     """Our engine, its kernels compiled in this process: nothing on disk makes the first call shorter than it is."""
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="sdopt-")
-    return engine.prepare(pipe)
+    return engine.prepare(pipe, **settings)
+
+
+def in_fp8(filter="measured", scales="row"):
+    """Our engine in fp8."""
+    return partial(on_engine, precision="fp8", filter=filter, scales=scales)
+
+
+def torchao_fp8(pipe):
+    """torchao's fp8 to a pipeline in bf16 with SDPA, compiled with CUDA graphs: fused projections, channels_last."""
+    attention.fuse_qkv(pipe)
+    quantization.torchao_fp8(pipe)
+    return _stock_compile("reduce-overhead", pipe)
+
+
+def many_at_once(pipe, **settings):
+    """Our engine for large batches, whose pictures are decoded one by one: together they would not fit into memory."""
+    pipe.vae.enable_slicing()
+    return on_engine(pipe, **settings)
 
 
 def xformers(pipe):

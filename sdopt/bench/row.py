@@ -12,7 +12,19 @@ import numpy as np
 import torch
 import transformers
 
-from sdopt import attention, compilation, drawing, models, path, profiling, quantization, results, schedulers, timing
+from sdopt import (
+    attention,
+    compilation,
+    drawing,
+    engine,
+    models,
+    path,
+    profiling,
+    quantization,
+    results,
+    schedulers,
+    timing,
+)
 from sdopt.bench import claims, sensors
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
@@ -203,6 +215,7 @@ def as_run(pipe):
         "omp_spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "compiled": compilation.compiled_kind(pipe),
         "int8_layers": quantization.int8_layers(pipe),
+        "fp8_layers": engine.fp8_layers(pipe) or quantization.torchao_fp8_layers(pipe),
     }
 
 

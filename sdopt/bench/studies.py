@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from sdopt.pocket.captions import test_prompts
 
 NEEDED_BYTES = 64 * 2**20
 GATE_STEPS = 5
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Study:
     """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn; "quality": rows
     that share a pipeline in one process, each timed and then judged by `pictures` of it; "shared": the same, timed alone;
-    "stages": each row in a fresh process, each of its stages predicted before it is timed.
+    "stages": each row in a fresh process, each of its stages predicted before it is timed; "throughput": each row in a fresh
+    process, with a batch of its own.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Study:
     runs: int
     steps: int | None = None  # None: the model's own
     pictures: int | None = None
+    guidance_scale: float | None = None
 
 
 STUDIES = {
@@ -58,6 +62,7 @@ STUDIES = {
         Study("pocket-attribution", "shared", "pocket", "shipped", 5),
         Study("sdxl-attribution", "shared", "sdxl", "random", 5),
         Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
+        Study("sdxl-throughput", "throughput", "sdxl", "random", 3, steps=20, guidance_scale=8.0),  # MLPerf Inference's work
         Study("pocket-gate", "quality", "pocket", "shipped", 3, steps=GATE_STEPS, pictures=24),
     )
 }
@@ -70,7 +75,9 @@ def study(name):
     return STUDIES[name]
 
 
-def settings(name, weights=None, height=None, width=None, steps=None, batch=1, runs=5, pictures=None):
+def settings(
+    name, weights=None, height=None, width=None, steps=None, batch=1, runs=5, pictures=None, guidance_scale=None
+):
     """The settings every row of a model shares: its own, with what is given instead. Raises UserError for bad ones.
 
     `pictures`: how many each row of a quality study draws to be judged, None for the other studies.
@@ -88,7 +95,7 @@ def settings(name, weights=None, height=None, width=None, steps=None, batch=1, r
         "height": height,
         "width": width,
         "steps": steps or model.steps,
-        "guidance_scale": model.guidance_scale,
+        "guidance_scale": model.guidance_scale if guidance_scale is None else guidance_scale,
         "batch": batch,
         "scheduler": model.scheduler,
         "seed": 0,
@@ -112,11 +119,13 @@ def rows_of(study, device, steps):
     options = {"cutoff": 0.4, "steps": steps}
     whole = Recipe("whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine)
     if study.name.endswith("-engine"):
-        return [nine(steps)[0], *PEERS, ENGINE, whole]
+        return [nine(steps)[0], *PEERS, ENGINE, whole, *_fp8(study, device, options)]
     if study.name.endswith("-break-even"):
         return [*(row for row in PEERS if row.id in FIRST_CALLS), REGIONAL, ENGINE]
     if study.kind == "stages":
         return [*nine(steps), *((ENGINE, whole) if str(device).startswith("cuda") else ())]
+    if study.kind == "throughput":
+        return throughput(device)
     if study.kind == "peers":
         return list(PEERS)
     kept = path.recommended(device)
@@ -130,6 +139,34 @@ def rows_of(study, device, steps):
             Recipe("int8_anyway", "the whole path, in int8 though none gains", NINE, options | anyway, settings=anyway)
         )
     return rows
+
+
+def _fp8(study, device, options):
+    """The rows in fp8 of a study of the engine, where the GPU has it; of pocket, whose layers are small, in every layer."""
+    if not quantization.has_fp8(device):
+        return []
+    apply = recipes.in_fp8("all" if study.model == "pocket" else "measured")
+    return [
+        Recipe("torchao_fp8", "torchao's fp8, torch.compile, reduce-overhead", EAGER, apply=recipes.torchao_fp8, compiled=True),
+        Recipe("engine_fp8", "fp8, our engine", EAGER, apply=apply),
+        Recipe("whole_path_engine_fp8", "the whole path, on the engine in fp8", ON_ENGINE, options, apply=apply),
+    ]
+
+
+def throughput(device):
+    """The rows of a throughput study: the engine at each of BATCHES, in bf16 and, where the GPU has it, in fp8."""
+    kinds = {"bf16": {}} | ({"fp8": {"precision": "fp8"}} if quantization.has_fp8(device) else {})
+    return [
+        Recipe(
+            f"{name}_batch_{batch}",
+            f"{name}, {batch} at once",
+            EAGER,
+            apply=partial(recipes.many_at_once, **kind) if str(device).startswith("cuda") else None,
+            settings={"batch": batch},
+        )
+        for name, kind in kinds.items()
+        for batch in BATCHES
+    ]
 
 
 def chosen(rows, only):

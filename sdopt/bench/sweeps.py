@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from sdopt import path
+from sdopt import path, quantization
 from sdopt.bench import recipes
 from sdopt.bench.row import Recipe
 from sdopt.guidance import samples
@@ -144,4 +144,14 @@ def _sweeps(device):
         for stop in STOPS
         if start < stop
     ]
-    return [*([swept("engine_bf16", "bf16, our engine", "engine")] if engine else []), *grid, *guided]
+    return [*([swept("engine_bf16", "bf16, our engine", "engine")] if engine else []), *grid, *guided, *_fp8(device)]
+
+
+def _fp8(device):
+    """The engine in fp8, in every layer, for pocket's are small: with a scale a row, and with one a tensor."""
+    kinds = {"engine_fp8": ("row", "a scale a row"), "engine_fp8_tensor": ("tensor", "a scale a tensor")}
+    return [
+        Sampled(i, f"fp8, our engine, {words}", ("bf16", "sdpa"), apply=recipes.in_fp8("all", scales), pipeline=i, family="engine")
+        for i, (scales, words) in kinds.items()
+        if quantization.has_fp8(device)
+    ]

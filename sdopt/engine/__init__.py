@@ -7,7 +7,7 @@ from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
-    from sdopt.engine import fused, graphs, text, unet
+    from sdopt.engine import fp8, fused, graphs, text, unet
 except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
     MISSING = missing.name
 else:
@@ -16,7 +16,9 @@ else:
 GRAPHS = 8  # of each model: two a size, since a cutoff changes the batch
 
 
-def prepare(pipe, keep: int = GRAPHS):
+def prepare(
+    pipe, keep: int = GRAPHS, precision: str | None = None, scales: str = "row", filter: str = "measured"
+):
     """Let UNet and VAE decoder of `pipe` run on fused kernels inside CUDA graphs, from the next call on; returns `pipe`.
 
     Its CLIP text encoders run inside CUDA graphs, too.
@@ -27,8 +29,13 @@ def prepare(pipe, keep: int = GRAPHS):
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
     engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
-    Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, or `keep`
-    below 1.
+
+    `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to
+    it as they come (see `fp8`); a ControlNet's and the VAE's stay as they are. `scales`: "row", one a row of the input and
+    one an output, or "tensor", one each. `filter`: "measured", the products that are faster so, or "all", to see what
+    rounding does to a small model.
+    Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, `keep`
+    below 1, one that is prepared in another precision, and of fp8 for a GPU before compute capability 8.9.
     Introduced in notebooks/12_cuda_graphs.
     """
     if MISSING:
@@ -38,7 +45,10 @@ def prepare(pipe, keep: int = GRAPHS):
         raise UserError(f"{type(pipe).__name__} has no UNet2DConditionModel and VAE that the engine could run")
     if keep < 1:
         raise UserError(f"keep={keep} leaves no room for a graph: give 2 or more, since a cutoff changes the batch")
+    rounding = fp8.asked(precision, scales, filter)
     if is_prepared(pipe):
+        if denoiser.forward.rounding != rounding:
+            raise UserError("the pipeline is prepared in another precision: call engine.restore(pipe) first")
         return pipe
     if not graphs.can_capture(denoiser):
         raise UserError('the engine needs a CUDA GPU: call pipe.to("cuda") first, or keep the pipeline as it is')
@@ -48,6 +58,8 @@ def prepare(pipe, keep: int = GRAPHS):
     for part in (denoiser, decoder, *encoders):
         if "forward" in vars(part):
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
+    if rounding:
+        fp8.check(denoiser, rounding)
     memory = graphs.Memory()
     told = "set_timesteps" in vars(pipe.scheduler)
     turned = _contiguous_images(pipe)
@@ -58,7 +70,7 @@ def prepare(pipe, keep: int = GRAPHS):
         if part is not None:
             fused.fuse(part)
     denoiser.forward = unet.UNet(denoiser, memory, keep)
-    denoiser.forward.before = turned, None if told else pipe.scheduler
+    denoiser.forward.before, denoiser.forward.rounding = (turned, None if told else pipe.scheduler), rounding
     decoder.forward = graphs.Decoder(decoder, memory, keep)
     for encoder in encoders:
         encoder.forward = text.TextEncoder(encoder, memory, keep)
@@ -91,6 +103,12 @@ def restore(pipe):
 def is_prepared(pipe) -> bool:
     """Whether `prepare` has been applied to the pipeline's UNet."""
     return not MISSING and isinstance(vars(pipe.unet).get("forward"), unet.UNet)
+
+
+def fp8_layers(pipe) -> int:
+    """How many layers of the UNet the engine has computed in e4m3, those that are joined counted as one."""
+    held = pipe.unet.forward.held if is_prepared(pipe) else None
+    return sum(layer.used for layer in held.rounded.values()) if held else 0
 
 
 def _text_encoders(pipe):

@@ -127,21 +127,32 @@ def _exact_product(a, b):
 
 def _transformer_block(block, h, pending, text):
     """(residual, what is still to be added to it) after a block, from the same before it."""
-    h, n = _added(h, pending, block.norm1)
-    h, n = _added(_attended(block.attn1, n, None), h, block.norm2)
-    h, n = _added(_attended(block.attn2, n, text), h, block.norm3)
-    return h, block.ff.net[2](geglu(block.ff.net[0].proj(n)))
+    layers = block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]
+    own, cross, wide, narrow = (_rounded(layer, h.shape[:-1].numel()) for layer in layers)
+    h, n = _added(h, pending, block.norm1, own)
+    h, n = _added(_attended(block.attn1, n, None, own), h, block.norm2, cross)
+    h, n = _added(_attended(block.attn2, n, text, cross), h, block.norm3, wide)
+    gated = geglu((wide or layers[2])(n), narrow and narrow.takes)
+    return h, (narrow or layers[3])(gated)
 
 
-def _attended(attn, x, text):
+def _rounded(layer, rows):
+    """What stands for a layer in e4m3, or None."""
+    return None if isinstance(layer, Attention) and not plain.attention(layer) else once.rounded(layer, rows)
+
+
+def _attended(attn, x, text, rounded=None):
+    """What layer `attn` makes of `x` and the prompt `text`, None for itself; `rounded`: its projections of `x` in e4m3."""
     if not plain.attention(attn):
         return attn(x, encoder_hidden_states=text)
-    if type(attn.processor) is FusedAttnProcessor2_0 and text is None:
+    if rounded and text is None:
+        q, k, v = rounded(x).chunk(3, dim=-1)
+    elif type(attn.processor) is FusedAttnProcessor2_0 and text is None:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
     elif text is None and (weights := once.joined(attn)) is not None:
         q, k, v = linear(x, weights).chunk(3, dim=-1)
     else:
-        q = attn.to_q(x)
+        q = (rounded or attn.to_q)(x)
         k, v = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
         if text is not None and fits(k, attn.heads):
             return attn.to_out[0](prompt_attention(q, k, v, attn.heads))
@@ -210,8 +221,9 @@ def _added_to(x, tokens):
     return tokens.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x
 
 
-def _added(x, residual, norm):
-    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+def _added(x, residual, norm, rounded=None):
+    """The sum, and its norm; in e4m3 where the layer after it takes that."""
+    return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, rounded and rounded.takes)
 
 
 def _convolved(conv, x):

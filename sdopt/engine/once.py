@@ -20,13 +20,14 @@ class Once:
     """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`.
 
     `keys_and_values(layer, text)` is how a layer's are made. `selves`: self-attention layers whose three projections
-    can be joined. Introduced in notebooks/12_cuda_graphs.
+    can be joined. `rounded`: {module: what stands for it in e4m3} (see `fp8`), which rounds by itself. Introduced in
+    notebooks/12_cuda_graphs.
     """
 
-    def __init__(self, resnets, layers, upsamplers, keys_and_values, selves=()):
-        self.layers, self._keys_and_values = layers, keys_and_values
+    def __init__(self, resnets, layers, upsamplers, keys_and_values, selves=(), rounded=None):
+        self.layers, self._keys_and_values, self.rounded = layers, keys_and_values, {} if rounded is None else rounded
         self.upsamplers, self.quarters = upsamplers, {}
-        self.selves, self.joined = selves, {}
+        self.selves, self.joined = list(selves), {}
         self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
@@ -56,6 +57,17 @@ class Once:
                 torch.cat(weights, out=self.joined[layer])
             else:
                 self.joined[layer] = torch.cat(weights)
+
+    @torch.no_grad()
+    def join(self, layer):
+        """The joined weights of a self-attention, None where they are not joined.
+
+        Of one that stands in e4m3 they are made when it first has too few rows for that: in the call before a capture.
+        """
+        if layer in self.rounded and layer not in self.joined:
+            self.selves.append(layer)
+            self.joined[layer] = torch.cat([part.weight for part in self.rounded[layer].parts])
+        return self.joined.get(layer)
 
     def read_prompt(self, text):
         """{layer: its keys and values} of the prompt's embeddings `text`, [samples, tokens, channels]."""
@@ -90,7 +102,13 @@ def keys_and_values(layer):
 
 def joined(layer):
     """The weights of a self-attention layer's three projections, one below the other, if they have been joined."""
-    return _now[0].joined.get(layer) if _now else None
+    return _now[0].join(layer) if _now else None
+
+
+def rounded(part, rows):
+    """What stands for a layer in e4m3, if its weights have been rounded and it is worth it for so many rows."""
+    layer = _now[0].rounded.get(part) if _now else None
+    return layer if layer and layer.pays(rows) else None
 
 
 def quarters(block):

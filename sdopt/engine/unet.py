@@ -6,7 +6,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 
-from sdopt.engine import fused, graphs, plain
+from sdopt.engine import fp8, fused, graphs, plain
 from sdopt.engine.once import Once, using
 
 OF_PROMPT = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -16,9 +16,11 @@ class UNet(graphs.Captured):
     """`UNet2DConditionModel.forward`, to the same result.
 
     At a shape's first call two graphs are captured: one of what is computed from the prompt, replayed when the prompt is
-    another or a picture begins, and one of a step. Arguments that are not known here are left to diffusers.
+    another or a picture begins, and one of a step. Arguments that are not known here are left to diffusers. `rounding`:
+    which of its linear layers are in e4m3 (see `fp8`), None for none.
     """
 
+    rounding = None
     held = None  # what is computed once
     last = None  # the timestep of the call before
     picture = 0  # counts them
@@ -43,8 +45,9 @@ class UNet(graphs.Captured):
         if self.look():
             self.held = None
         if self.reason is None:
-            self.held = self.held or _held(self.module)
+            self.held = self.held or _held(self.module, self.rounding)
             self.held.gather()
+            self.held.rounded.gather(lambda call: graphs.capture(call, self.memory))
 
 
 class _Entry:
@@ -90,7 +93,7 @@ class _Entry:
         return held is tensor and version is not None and version == _version(tensor)
 
 
-def _held(unet):
+def _held(unet, rounding):
     resnets = [m for m in unet.modules() if type(m) is ResnetBlock2D and plain.resnet(m)]
     blocks = [
         block
@@ -99,9 +102,10 @@ def _held(unet):
         for block in model.transformer_blocks
     ]
     layers = [block.attn2 for block in blocks if plain.attention(block.attn2)]
-    selves = [block.attn1 for block in blocks if plain.joinable(block.attn1)]
+    rounded = fp8.layers(blocks, rounding)
+    selves = [block.attn1 for block in blocks if plain.joinable(block.attn1) and block.attn1 not in rounded]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
-    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves)
+    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves, rounded)
 
 
 def _named(sample, timestep, text, args, kwargs):

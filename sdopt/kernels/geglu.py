@@ -5,6 +5,9 @@
 Bytes: 2n numbers read and n written a row, 3 * rows * n * itemsize. Operations: some twenty a number, erf being most of
 them, so memory is the limit. In two operations, as PyTorch does it, gelu's result is written and read once more: 5/3 of
 the bytes.
+
+With a scale a row (see `to_float8`) a program has to see the whole row before it can write any of it in e4m3: it holds it in
+its registers, as two tiles, since a row of n = 5 * 2**k numbers (a UNet's widths are such) would leave 3/8 of one empty.
 """
 
 import torch
@@ -12,14 +15,16 @@ import triton
 import triton.language as tl
 
 from sdopt.errors import UserError
-from sdopt.kernels import launch
+from sdopt.kernels import launch, to_float8
+from sdopt.kernels.to_float8 import Scaled, in_e4m3
 
 NAME = "geglu"
 
 
-def geglu(x: torch.Tensor) -> torch.Tensor:
+def geglu(x: torch.Tensor, scales: str | torch.Tensor | None = None) -> torch.Tensor | Scaled:
     """`x`: [..., 2n], contiguous, float32, float16 or bfloat16; returns [..., n] of the same dtype, computed in float32.
 
+    With `scales`, "row" or one number for all, it comes in e4m3, as `to_float8` returns it.
     Raises UserError for an odd last dimension, another layout or another dtype. Source: https://arxiv.org/abs/2002.05202.
     Introduced in notebooks/11_fused_kernels.
     """
@@ -28,31 +33,71 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     if x.ndim == 0 or x.shape[-1] % 2:
         raise UserError(f"{NAME} takes an even last dimension, values and gates; this one is of shape {list(x.shape)}")
     half = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], half)
-    rows = out.numel() // max(1, half)
+    shape = (*x.shape[:-1], half)
+    out = x.new_empty(shape) if scales is None else to_float8.place(NAME, x, shape, scales)
+    rows = x.numel() // max(1, 2 * half)
+    if not (rows and half):
+        return out
+    if isinstance(scales, str):
+        if half > to_float8.LONGEST:
+            raise UserError(f"{NAME} takes up to {to_float8.LONGEST} numbers a row for a scale each, not {half}")
+        wide = triton.next_power_of_2(half + 1) // 2
+        rest = triton.next_power_of_2(half - wide) if half > wide else 0
+        tall = max(1, min(4, 2048 // wide))
+        _geglu_rows[(triton.cdiv(rows, tall),)](
+            x, *out, rows, half, tall, wide, rest, num_warps=8 if tall * wide > 2048 else 4
+        )
+        return out
+    values, scale = (out, x) if scales is None else out
     grid, tall, wide = launch.tiles(rows, half)
-    if rows and half:
-        _geglu[grid](x, out, rows, half, tall, wide, num_warps=4)
+    _geglu[grid](x, values, scale, rows, half, tall, wide, scales is not None, num_warps=4)
     return out
 
 
-def reference(x):
+def reference(x, scales=None):
     """What `geglu` computes, by PyTorch, in the dtype of its argument."""
     value, gate = x.chunk(2, dim=-1)
-    return value * torch.nn.functional.gelu(gate)
+    out = value * torch.nn.functional.gelu(gate)
+    return out if scales is None else to_float8.reference(out, scales)
 
 
-def bytes_moved(x: torch.Tensor, *_) -> int:
-    """Bytes that must come and go: `x` and half as much again."""
-    return x.numel() * x.itemsize * 3 // 2
+def bytes_moved(x: torch.Tensor, scales=None) -> int:
+    """Bytes that must come and go: `x` and half as much again; in e4m3 a byte a number."""
+    read, numbers = x.numel() * x.itemsize, x.numel() // 2
+    return read + (numbers * x.itemsize if scales is None else numbers + x.numel() // x.shape[-1] * 4)
 
 
 @triton.jit
-def _geglu(x, out, rows, half, TALL: tl.constexpr, WIDE: tl.constexpr):
+def _gated(x, row, column, half, inside):
+    at = row.to(tl.int64)[:, None] * 2 * half + column[None, :]
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    gate = tl.load(x + at + half, inside, 0.0).to(tl.float32)
+    return value * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
+
+
+@triton.jit
+def _geglu(x, out, scale, rows, half, TALL: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr):
     row, column = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     inside = (row < rows)[:, None] & (column < half)[None, :]
+    y = _gated(x, row, column, half, inside)
     at = row.to(tl.int64)[:, None] * half + column[None, :]
-    value = tl.load(x + at + row.to(tl.int64)[:, None] * half, inside, 0.0).to(tl.float32)
-    gate = tl.load(x + at + (row.to(tl.int64)[:, None] + 1) * half, inside, 0.0).to(tl.float32)
-    gelu = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + at, (value * gelu).to(out.dtype.element_ty), inside)
+    if SCALED:
+        tl.store(out + at, in_e4m3(y, 0.0, scale, row, row < rows, False), inside)
+    else:
+        tl.store(out + at, y.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _geglu_rows(x, out, scale, rows, half, TALL: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    row, column = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.arange(0, WIDE)
+    here = row < rows
+    y = _gated(x, row, column, half, here[:, None])
+    largest = tl.max(tl.abs(y), 1)
+    at = row.to(tl.int64)[:, None] * half
+    if REST:
+        last = WIDE + tl.arange(0, REST)
+        inside = here[:, None] & (last < half)[None, :]
+        z = _gated(x, row, last, half, inside)
+        largest = tl.maximum(largest, tl.max(tl.abs(z), 1))
+        tl.store(out + at + last[None, :], in_e4m3(z, largest, scale, row, here, True), inside)
+    tl.store(out + at + column[None, :], in_e4m3(y, largest, scale, row, here, True), here[:, None])

@@ -1,0 +1,212 @@
+"""fp8 layer by layer, for the studies `fp8-shapes` (what it gains, by shape) and `fp8-errors` (what it costs, against fp32)."""
+
+import statistics
+
+import torch
+from torch.nn.functional import linear
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
+from sdopt.bench.fusions import CACHE, in_turn
+from sdopt.engine import fp8
+from sdopt.kernels import add_layer_norm, geglu, to_float8
+from sdopt.pocket.captions import test_prompts
+
+# Positions of a sample and their width, at each level with transformers; a guided step has two samples, after a cutoff one.
+LEVELS = {"sdxl": ((4096, 640), (1024, 1280)), "sd15": ((4096, 320), (1024, 640), (256, 1280), (64, 1280))}
+# A transformer's layers: inputs and outputs in widths, whether there is a bias, and the kernel before that can round.
+LAYERS = {
+    "self-attention": (1, 3, False, add_layer_norm),
+    "cross-attention": (1, 1, False, add_layer_norm),
+    "feed-forward 1": (1, 8, True, add_layer_norm),
+    "feed-forward 2": (4, 1, True, geglu),
+    "output": (1, 1, True, None),
+}
+SIZES = sorted({(samples * positions, width) for levels in LEVELS.values() for positions, width in levels for samples in (1, 2)})
+WAYS = {  # how a pipeline in bf16 is drawn with: what `engine.prepare` is asked for, None for nothing
+    "eager_bf16": None,
+    "engine_bf16": {},
+    **{f"engine_fp8_{scales}": {"precision": "fp8", "filter": "all", "scales": scales} for scales in fp8.SCALES},
+}
+CALLS = 6  # of the UNet whose error is looked at
+PICTURES, AT_ONCE = 64, 16
+
+
+def shapes(device, sizes=SIZES, **timed):
+    """Seconds of each layer at each size: its product in bf16 and in fp8 with scales a row and a tensor, and what rounds.
+
+    "before": the kernel before it, writing bf16 or e4m3; "pass": rounding apart, where there is no such kernel or for who
+    would do without. Inputs take turns, several times a GPU's cache. `timed` goes to `timing.kernel_seconds`.
+    """
+    found = []
+    for rows, width in tqdm(sizes, desc="fp8 shapes"):
+        for layer, (inputs, outputs, biased, kernel) in LAYERS.items():
+            size = rows, inputs * width, outputs * width
+            row = {"layer": layer, "rows": size[0], "inputs": size[1], "outputs": size[2], "before": kernel and kernel.NAME}
+            found.append(row | {"seconds": _seconds(device, size, biased, kernel, timed)})
+    return found
+
+
+def _seconds(device, size, biased, kernel, timed):
+    rows, inputs, outputs = size
+    new = lambda *shape: torch.randn(shape, device=device).to(fp8.DTYPE)
+    sets = []
+    for _ in range(1 + min(15, CACHE // (2 * (rows + outputs) * inputs))):
+        x, weight, bias = new(rows, inputs), new(outputs, inputs) / inputs**0.5, new(outputs) if biased else None
+        one = torch.tensor(0.02, device=device)
+        rounded = {
+            "row": (to_float8.to_float8(x), to_float8.to_float8(weight)),
+            "tensor": (to_float8.to_float8(x, one), to_float8.to_float8(weight, one / 10)),
+        }
+        sets.append((x, weight, bias, rounded, one))
+    ways = {
+        "bf16": lambda x, weight, bias, rounded, one: linear(x, weight, bias),
+        "row": lambda x, weight, bias, rounded, one: fp8.product(*rounded["row"], bias),
+        "tensor": lambda x, weight, bias, rounded, one: fp8.product(*rounded["tensor"], bias),
+        "pass_row": lambda x, weight, bias, rounded, one: to_float8.to_float8(x, "row"),
+        "pass_tensor": lambda x, weight, bias, rounded, one: to_float8.to_float8(x, one),
+    }
+    seconds = {name: timing.kernel_seconds(in_turn(way, sets), device, **timed) for name, way in ways.items()}
+    if kernel is None:
+        return seconds
+    given = [(new(rows, inputs), new(rows, inputs)) if kernel is add_layer_norm else new(rows, 2 * inputs) for _ in sets]
+    norm = new(inputs), new(inputs)
+    for name, scales in (("bf16", None), ("row", "row"), ("tensor", sets[0][-1])):
+        if kernel is add_layer_norm:
+            way = lambda pair, scales=scales: add_layer_norm.add_layer_norm(*pair, *norm, 1e-5, scales)
+        else:
+            way = lambda x, scales=scales: geglu.geglu(x, scales)
+        turns = in_turn(way, [(one,) for one in given])
+        seconds[f"before_{name}"] = timing.kernel_seconds(turns, device, **timed)
+    return seconds
+
+
+def whole(row, way):
+    """Seconds of a layer and of what rounds for it, one of the rows of `shapes`: `way` "bf16", "row" or "tensor"."""
+    seconds = row["seconds"]
+    if row["before"]:
+        return seconds[way] + seconds[f"before_{way}"]
+    return seconds[way] + (0 if way == "bf16" else seconds[f"pass_{way}"])
+
+
+def fewest(rows, way="row"):
+    """From how many multiplications on fp8 is to be taken, a power of two: what makes all layers of `shapes` fastest in sum."""
+    rows = [row for row in rows if row["before"]]
+    count = lambda row: row["rows"] * row["inputs"] * row["outputs"]
+    taken = lambda least: sum(whole(row, way if count(row) >= least else "bf16") for row in rows)
+    return min((2**n for n in range(24, 40)), key=taken)
+
+
+def errors(device, names=(("pocket", "shipped"), ("sdxl", "random")), pictures=PICTURES):
+    """What fp8 costs against fp32, beside what bf16 does: by layer and by call of the UNet, and by pocket's pictures."""
+    found = {"layers": [], "calls": []}
+    precision.set_tf32("nowhere")
+    for name, weights in tqdm(names, desc="fp8 errors"):
+        pipe = models.load(name, weights, device)
+        pipe.set_progress_bar_config(disable=True)
+        calls = recorded(pipe, drawing.task(models.MODELS[name], 1))
+        attention.sdpa(precision.half_precision(pipe))
+        compilation.channels_last(pipe)
+        found["layers"] += [{"model": name} | row for row in layer_errors(pipe.unet, calls[len(calls) // 2])]
+        found["calls"].append({"model": name} | call_errors(pipe, calls))
+        del pipe, calls
+    return found | {"pictures": picture_errors(device, pictures)}
+
+
+@torch.no_grad()
+def recorded(pipe, task, steps=CALLS):
+    """The calls of the UNet while the task's first picture is drawn in `steps` steps: [((args, kwargs), output)]."""
+    seen = []
+
+    def keep(run, *args, **kwargs):
+        output = run(*args, **kwargs)
+        seen.append(((args, kwargs), output[0].float()))
+        return output
+
+    with timing.around_calls(pipe.unet, keep):
+        drawing.drawer(pipe, task, num_inference_steps=steps)(0, "latent")
+    return seen
+
+
+def _in_half(call):
+    """The arguments of a call in bfloat16, but for its timestep."""
+    (sample, timestep, *args), kwargs = call
+    half = lambda tree: tree_map_only(torch.Tensor, lambda t: t.to(fp8.DTYPE) if t.is_floating_point() else t, tree)
+    return (half(sample), timestep, *half(args)), half(kwargs)
+
+
+@torch.no_grad()
+def layer_errors(unet, call):
+    """RMS of each layer's error relative to its output in fp32, on the inputs it gets in `call` of a UNet in bfloat16.
+
+    A row a layer: {"layer", "off": {"bf16", "row", "tensor", "bf16_outlier", "row_outlier"}}; "outlier": one channel of the
+    input 64 times as large. What is called exact has the same bfloat16 weights and inputs, multiplied in float32.
+    """
+    blocks = [block for model in unet.modules() for block in getattr(model, "transformer_blocks", ())]
+    kinds = {scales: fp8.layers(blocks, fp8.Rounding(scales, "all")) for scales in fp8.SCALES}
+    names, inputs, hooks = {part: name for name, part in unet.named_modules()}, {}, []
+    for place, layer in kinds["row"].items():
+        listen = lambda part, args, place=place: inputs.__setitem__(place, args[0])
+        hooks.append(layer.parts[0].register_forward_pre_hook(listen))
+    (args, kwargs) = _in_half(call[0])
+    unet(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    for layers in kinds.values():
+        layers.gather(lambda call: (call(), None))
+    rows = []
+    for place, x in inputs.items():
+        parts, bias = kinds["row"][place].parts, kinds["row"][place].parts[0].bias
+        weight, far = torch.cat([part.weight for part in parts]), x.clone()
+        far[..., 0] *= 64
+        off = {}
+        for ending, given in (("", x), ("_outlier", far)):
+            exact = linear(given.float(), weight.float(), None if bias is None else bias.float())
+            ways = {"bf16": linear(given, weight, bias)}
+            for scales, layers in kinds.items():
+                if scales == "row" or not ending:  # what no norm gives is beyond a bound that follows from norms
+                    ways[scales] = layers[place](to_float8.to_float8(given.contiguous(), layers[place].takes))
+            off |= {way + ending: relative(y, exact) for way, y in ways.items()}
+        rows.append({"layer": names[place], "off": off})
+    return rows
+
+
+@torch.no_grad()
+def call_errors(pipe, calls):
+    """RMS of the UNet's error relative to its output in fp32, over `calls`: the median and the largest, for each of WAYS."""
+    return {way: {"median": statistics.median(off), "max": max(off)} for way, off in _each_way(pipe, lambda: _off(pipe, calls))}
+
+
+def _off(pipe, calls):
+    off = []
+    for call, exact in calls:
+        args, kwargs = _in_half(call)
+        off.append(relative(pipe.unet(*args, **kwargs)[0], exact))
+    return off
+
+
+def _each_way(pipe, look):
+    """What `look()` sees with `pipe` as it is and as the engine has it, each of WAYS in turn."""
+    for way, settings in WAYS.items():
+        if settings is not None:
+            engine.prepare(pipe, **settings)
+        yield way, look()
+        engine.restore(pipe)
+
+
+def picture_errors(device, pictures):
+    """How far pocket's pictures are from those in fp32, from the same noise: a PSNR in dB, mean and interval, a row a way."""
+    task = drawing.gallery(models.MODELS["pocket"], test_prompts(pictures), AT_ONCE)
+    draw = lambda: torch.cat([images for images, _ in drawing.pictures(pipe, task)])
+    pipe = models.load("pocket", device=device)
+    pipe.set_progress_bar_config(disable=True)
+    exact = draw()
+    attention.sdpa(precision.half_precision(pipe))
+    decibels = lambda: quality.psnr_db(draw(), exact).clamp(max=quality.CEILING_DB).tolist()
+    return [{"way": way, "psnr_db": intervals.mean(off)} for way, off in _each_way(pipe, decibels)]
+
+
+def relative(y, exact):
+    """The root mean square of an error, relative to that of what is exact."""
+    return ((y.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()

@@ -1,0 +1,202 @@
+"""Linear layers in e4m3, by torch._scaled_mm: which of a UNet's, their weights as rounded, and their product.
+
+A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
+self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). In SDXL
+that is 8/9 of the transformer blocks' operations; what attention gives (`to_out`) and the projections around a model's blocks
+would need a pass of their own, and stay as they are, as do the prompt's keys and values, which are computed once a picture.
+
+What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
+K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
+mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capability 9.0 with CUDA 12.9 or later. Elsewhere
+scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` tensor cores
+sum a whole product in their own registers, of fewer bits than float32; without, float32 sums are kept at half the speed.
+
+Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (1.6 GB for SDXL, less 0.6 GB of joined
+projections that this spares).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from torch import nn
+
+from sdopt.engine import plain
+from sdopt.errors import UserError
+from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
+
+SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
+DTYPE, MULTIPLE = torch.bfloat16, 16
+# Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3: what makes the layers of the sweep
+# fp8-shapes fastest in sum. Provisional until that is recorded.
+FEWEST = 2**31
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What `engine.prepare` was asked for: one scale a row and output or one a tensor; the layers that gain or all."""
+
+    scales: str
+    filter: str
+
+
+def asked(precision: str | None, scales: str, filter: str) -> Rounding | None:
+    """The words of `engine.prepare` as a `Rounding`, None for none; raises UserError for a word that is unknown."""
+    for name, value, known in (("precision", precision, (None, "fp8")), ("scales", scales, SCALES), ("filter", filter, FILTERS)):
+        if value not in known:
+            words = " or ".join(repr(word) for word in known)
+            raise UserError(f"unknown {name} {value!r}: use {words}")
+    return Rounding(scales, filter) if precision else None
+
+
+def check(unet: nn.Module, rounding: Rounding):
+    """Raise UserError unless `unet` can be rounded where it is."""
+    found = torch.cuda.get_device_capability(unet.device)
+    if found < CAPABILITY:
+        raise UserError(
+            f"fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), this one has {found[0]}.{found[1]}: "
+            "leave precision out"
+        )
+    if unet.dtype is not DTYPE:
+        raise UserError(f"fp8 is for a pipeline in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
+    try:
+        new = lambda shape, dtype=torch.float32: torch.zeros(shape, device=unet.device).to(dtype)
+        few = Scaled(new((32, 32), E4M3), new((32, 1) if rounding.scales == "row" else ()))
+        product(few, few, new(32, DTYPE))
+    except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
+        raise UserError(f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}") from error
+
+
+def pays(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether a product of that size is faster in e4m3, what rounding costs included."""
+    return rows * inputs * outputs >= FEWEST
+
+
+def product(x: Scaled, weight: Scaled, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., K] by [N, K], both in e4m3 with their scales: [..., N] in bfloat16, the bias added."""
+    out = torch._scaled_mm(
+        *(x.values.view(-1, x.values.shape[-1]), weight.values.t(), x.scale, weight.scale.t()),
+        bias=bias,
+        out_dtype=DTYPE,
+        use_fast_accum=True,
+    )
+    return out.view(*x.values.shape[:-1], len(weight.values))
+
+
+class Layer:
+    """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
+
+    `takes`: the scales its input has to come with, as the kernels take them. `largest()`: a number that no input is beyond.
+    """
+
+    used = False
+
+    def __init__(self, parts, largest, rounding):
+        self.parts, self._largest, self._all = parts, largest, rounding.filter == "all"
+        self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
+        new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
+        self.by_row = rounding.scales == "row"
+        values = new(sum(self.sizes), parts[0].in_features, dtype=E4M3)
+        self.weight = Scaled(values, new(len(values), 1) if self.by_row else new())
+        self.takes = "row" if self.by_row else new()
+
+    def __call__(self, x: Scaled) -> torch.Tensor:
+        self.used = True
+        return product(x, self.weight, self.parts[0].bias)
+
+    def pays(self, rows: int) -> bool:
+        """Whether it is worth it for so many rows."""
+        return self._all or pays(rows, self.weight.values.shape[1], len(self.weight.values))
+
+    def gather(self):
+        """Round the weights as they are now."""
+        scales, values, scale = "row", self.weight.values.split(self.sizes), [self.weight.scale] * len(self.parts)
+        if self.by_row:
+            scale = self.weight.scale.split(self.sizes)
+        else:
+            scales = self.weight.scale.copy_(_scale(torch.stack([part.weight.abs().amax() for part in self.parts]).amax()))
+            self.takes.copy_(_scale(self._largest()))
+        for part, *out in zip(self.parts, values, scale):
+            to_float8(part.weight, scales, Scaled(*out))
+
+
+class Layers(dict):
+    """{module of diffusers: its `Layer`}, rounded once a picture: weights that were changed in place show in the next."""
+
+    replay = None
+
+    @torch.no_grad()
+    def gather(self, capture):
+        """Round all weights; by a graph from the second time on, `capture(call)` returning its replay first."""
+
+        def round_all():
+            for layer in self.values():
+                layer.gather()
+
+        if self.replay:
+            self.replay()
+        elif self:
+            self.replay, _ = capture(round_all)
+
+
+def layers(blocks, rounding: Rounding | None) -> Layers:
+    """The `Layers` of transformer blocks: of those parts that are PyTorch's own, or merged with their LoRA."""
+    found = Layers()
+    for block in blocks if rounding else ():
+        wide, narrow = block.ff.net[0].proj, block.ff.net[2]
+        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # what GEGLU gives, by weights alone
+        places = {
+            block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
+            block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
+            wide: ([wide], of_norm, (block.norm3,)),
+            narrow: ([narrow] if bounded else [], of_gated, (block.norm3, wide)),
+        }
+        for place, (parts, largest, of) in places.items():
+            parts = [_merged(part) for part in parts]
+            if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
+                found[place] = Layer(parts, lambda largest=largest, of=of: largest(*of), rounding)
+    return found
+
+
+def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
+    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most."""
+    return (norm.weight.float().abs() * len(norm.weight) ** 0.5 + norm.bias.float().abs()).max()
+
+
+def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
+    """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|."""
+    wide = _merged(wide)
+    weight, centre = wide.weight.float(), wide.weight.float() @ norm.bias.float()
+    centre = centre if wide.bias is None else centre + wide.bias.float()
+    largest = (weight * norm.weight.float()).norm(dim=1) * weight.shape[1] ** 0.5 + centre.abs()
+    values, gates = largest.chunk(2)
+    return (values * gates).max()
+
+
+def _projections(attn):
+    if not plain.attention(attn):
+        return []
+    return [attn.to_qkv] if type(attn.processor) is FusedAttnProcessor2_0 else [attn.to_q, attn.to_k, attn.to_v]
+
+
+def _merged(part):
+    """The linear layer that peft's layer stands for while its LoRAs are merged into the weights; any other as it is."""
+    return part.base_layer if getattr(part, "merged_adapters", None) and not part.disable_adapters else part
+
+
+def _fits(part):
+    return (
+        plain.is_stock(part, kind=nn.Linear)
+        and part.weight.dtype is DTYPE
+        and (part.bias is None or part.bias.dtype is DTYPE)
+        and part.weight.is_contiguous()
+        and not (part.in_features % MULTIPLE or part.out_features % MULTIPLE)
+    )
+
+
+def _scale(largest):
+    return largest.float().clamp(min=TINIEST) / LARGEST
+
+
+def _line(error):
+    return str(error).strip().splitlines()[0][:160]

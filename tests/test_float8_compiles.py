@@ -1,0 +1,51 @@
+"""The kernels that write e4m3 compiled for GPUs that need not be there: in a process of its own, without the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sdopt.kernels import add_layer_norm, geglu, to_float8
+
+TYPES = {"out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32", "rows": "i32", "wide": "i32", "half": "i32", "channels": "i32"}
+KERNELS = [
+    (to_float8._to_float8, {"TALL": 2, "WIDE": 2048, "OWN": True}),
+    (to_float8._to_float8, {"TALL": 1, "WIDE": 8192, "OWN": False}),
+    (add_layer_norm._add_layer_norm, {"TALL": 2, "WIDE": 2048, "ADD": True, "SCALED": True, "OWN": True}),
+    (add_layer_norm._add_layer_norm, {"TALL": 2, "WIDE": 2048, "ADD": False, "SCALED": True, "OWN": False}),
+    (geglu._geglu_rows, {"TALL": 1, "WIDE": 4096, "REST": 1024}),
+    (geglu._geglu_rows, {"TALL": 4, "WIDE": 512, "REST": 0}),
+    (geglu._geglu, {"TALL": 4, "WIDE": 512, "SCALED": True}),
+]
+
+def assembly(kernel, constants, capability):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+
+for capability in (89, 90):
+    for kernel, constants in KERNELS:
+        assert "satfinite.e4m3x2" in assembly(kernel, constants, capability), (kernel, capability)
+try:
+    assembly(*KERNELS[0], 80)
+except Exception as error:
+    assert "fp8e4nv not supported" in str(error), error
+    print("compiled")
+"""
+
+
+def test_they_compile_for_the_generations_that_have_e4m3_and_for_no_older(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.strip() == "compiled", ended.stderr

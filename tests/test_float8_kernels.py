@@ -1,0 +1,165 @@
+"""The kernels that write e4m3 against float64: on a CPU in Triton's interpreter, on a GPU as they are compiled."""
+
+import pytest
+import torch
+
+from sdopt.errors import UserError
+from sdopt.kernels import add_layer_norm, geglu, launch, to_float8
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
+HALF_A_STEP = 2.0**-4  # of e4m3, with 3 bits after the leading one
+HALF_OF_LAST = 2.0**-10  # where its powers of two end, steps are 2**-9
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("a GPU is there, and Triton compiles for it")
+    torch.manual_seed(0)
+    return request.param
+
+
+def random(shape, dtype, device):
+    return torch.randn(shape).to(device, dtype)
+
+
+def assert_rounded(ours, exact, scales):
+    """Every number within half a step of float64's, and what float32 loses; the scale of a row is its largest over 448."""
+    rows = exact.reshape(-1, exact.shape[-1])
+    if isinstance(scales, str):
+        wanted = rows.abs().amax(1, keepdim=True).clamp(min=to_float8.TINIEST) / 448
+        assert ours.scale.shape == wanted.shape and torch.allclose(ours.scale.double(), wanted, rtol=1e-5, atol=0)
+    assert ours.values.dtype is torch.float8_e4m3fn and ours.values.shape == exact.shape
+    inside = rows.clamp(-448 * ours.scale.double(), 448 * ours.scale.double())
+    off = (ours.values.double().reshape(rows.shape) * ours.scale.double() - inside).abs()
+    allowed = torch.maximum(HALF_A_STEP * inside.abs(), HALF_OF_LAST * ours.scale.double())
+    allowed += 1e-5 * inside.abs() + 1e-6 * inside.abs().max()
+    assert (off <= allowed).all(), f"{(off / allowed).max():.3f} times what rounding may cost"
+
+
+@pytest.mark.parametrize("scales", ["row", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+def test_to_float8(device, dtype, shape, scales):
+    """Also by a scale that most numbers are beyond, which saturates."""
+    x = 100 * random(shape, dtype, device)
+    scales = torch.tensor(0.05, device=device) if scales == "all" else scales
+    ours = to_float8.to_float8(x, scales)
+    assert_rounded(ours, x.double(), scales)
+    again = to_float8.Scaled(*(torch.zeros_like(t) for t in ours))
+    if isinstance(scales, str):
+        to_float8.to_float8(x, out=again)
+        assert torch.equal(again.values.view(torch.uint8), ours.values.view(torch.uint8))
+        assert torch.equal(again.scale, ours.scale)
+
+
+@pytest.mark.parametrize("scales", ["row", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("added", [True, False])
+def test_add_layer_norm(device, dtype, shape, scales, added):
+    x, residual = (random(shape, dtype, device) for _ in range(2))
+    weight, bias = (random(shape[-1], dtype, device) for _ in range(2))
+    scales = torch.tensor(0.02, device=device) if scales == "all" else scales
+    residual = residual if added else None
+    total, ours = add_layer_norm.add_layer_norm(x, residual, weight, bias, 1e-5, scales)
+    assert torch.equal(total, add_layer_norm.add_layer_norm(x, residual, weight, bias)[0])
+    _, exact = add_layer_norm.reference(total.double(), None, weight.double(), bias.double())
+    assert_rounded(ours, exact, scales)
+
+
+@pytest.mark.parametrize("scales", ["row", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 9, 2 * 640), (6, 2 * 2560), (5, 2 * 33), (3, 2 * 64), (1, 2)])
+def test_geglu(device, dtype, shape, scales):
+    x = 3 * random(shape, dtype, device)
+    scales = torch.tensor(0.01, device=device) if scales == "all" else scales
+    assert_rounded(geglu.geglu(x, scales), geglu.reference(x.double()), scales)
+
+
+def test_a_row_of_zeros_and_one_of_the_tiniest_numbers(device):
+    x = torch.zeros(4, 64, device=device)
+    x[1], x[2], x[3, 5] = 1e-38, torch.randn(64).to(device), -3e38
+    ours = to_float8.to_float8(x)
+    assert ours.values.float().isfinite().all() and (ours.scale > 0).all() and ours.scale.isfinite().all()
+    assert (ours.values[0].float() == 0).all() and ours.values[3, 5].float() == -448
+    gated = geglu.geglu(torch.zeros(3, 128, device=device), "row")
+    assert (gated.values.float() == 0).all() and (gated.scale > 0).all()
+    _, flat = add_layer_norm.add_layer_norm(torch.ones(3, 64, device=device), None, *torch.zeros(2, 64, device=device), 1e-5, "row")
+    assert (flat.values.float() == 0).all() and (flat.scale > 0).all()
+
+
+def test_one_large_channel_costs_its_own_rows_alone(device):
+    """With a scale a row an outlier in one row leaves the others as they were; a scale for all would cost them all."""
+    torch.manual_seed(1)
+    x = torch.randn(8, 256, device=device)
+    plain = to_float8.to_float8(x)
+    x[3, 100] = 1e5
+    ours = to_float8.to_float8(x)
+    others = [row for row in range(8) if row != 3]
+    assert torch.equal(ours.values[others].float(), plain.values[others].float())
+    assert ours.values[3, 100].float() == 448
+    assert_rounded(ours, x.double(), "row")
+
+
+@pytest.mark.gpu
+def test_gpu_nan_stays():
+    x = torch.ones(2, 64, device="cuda")
+    x[1, 3] = float("nan")
+    for scales in ("row", torch.tensor(1.0, device="cuda")):
+        values = to_float8.to_float8(x, scales).values.float()
+        assert values[1, 3].isnan() and values[0].isfinite().all()
+
+
+def test_references_agree_with_the_kernels(device):
+    x, weight = torch.randn(6, 80, device=device), torch.randn(80, device=device)
+    bias, double = torch.randn(80, device=device), lambda scaled: scaled.values.double() * scaled.scale.double()
+    pairs = [
+        (to_float8.to_float8(x), to_float8.reference(x)),
+        (geglu.geglu(x, "row"), geglu.reference(x, "row")),
+        *zip(
+            add_layer_norm.add_layer_norm(x, x, weight, bias, 1e-5, "row")[1:],
+            add_layer_norm.reference(x, x, weight, bias, 1e-5, "row")[1:],
+        ),
+    ]
+    for ours, right in pairs:
+        assert torch.allclose(ours.scale, right.scale, rtol=1e-5)
+        assert (double(ours) - double(right)).abs().max() <= 32.01 * right.scale.max()  # a step at 448
+        assert (double(ours) - double(right)).square().mean() < 1e-3 * double(right).square().mean()
+
+
+def test_bytes_are_counted():
+    x = torch.empty(3, 64, dtype=torch.bfloat16)
+    assert to_float8.bytes_moved(x) == 3 * 64 * 3 + 12
+    assert geglu.bytes_moved(x, "row") == 3 * 64 * 2 + 3 * 32 + 12
+    assert add_layer_norm.bytes_moved(x, x, x, x, 1e-5, "row") == 3 * 64 * 7 + 12
+
+
+WRONG = {
+    "scales": (lambda: to_float8.to_float8(torch.ones(4, 8), "column"), "unknown scales 'column'"),
+    "two scales": (lambda: geglu.geglu(torch.ones(4, 8), torch.ones(2)), "one float32 number"),
+    "half a scale": (lambda: geglu.geglu(torch.ones(4, 8), torch.tensor(1.0).half()), "one float32 number"),
+    "too long": (lambda: to_float8.to_float8(torch.ones(1, 2**15)), "1 to 16384"),
+    "gates": (lambda: geglu.geglu(torch.ones(1, 2**16), "row"), "up to 16384"),
+    "dtype": (lambda: to_float8.to_float8(torch.ones(4, 8, dtype=torch.float64)), "not float64"),
+    "strided": (lambda: to_float8.to_float8(torch.ones(8, 4).T), "not contiguous"),
+}
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
+@pytest.mark.parametrize("call, said", WRONG.values(), ids=WRONG)
+def test_what_a_kernel_cannot_take_is_told_in_one_line(call, said):
+    with pytest.raises(UserError, match=said) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.gpu
+def test_gpu_of_an_older_generation_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    x = torch.ones(4, 64, device="cuda")
+    for call in (to_float8.to_float8, lambda x: geglu.geglu(x, "row")):
+        with pytest.raises(UserError, match="8.9 or later, this GPU has 7.5"):
+            call(x)

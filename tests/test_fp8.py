@@ -1,0 +1,237 @@
+"""Linear layers in e4m3: one by one against float64, and a whole UNet of them on the fused kernels.
+
+What a test allows follows from the format: 3 bits after the leading one, so no number is off by more than 2**-4 of itself, and
+where powers of two end, 2**-15 of its row's largest, by 2**-10 of the row's scale.
+"""
+
+import copy
+from math import sqrt
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from tiny import tiny_sdxl
+from torch import nn
+
+from sdopt.engine import fp8, fused
+from sdopt.engine.fp8 import Layer, Rounding
+from sdopt.engine.once import Once, using
+from sdopt.errors import UserError
+from sdopt.kernels import launch, to_float8
+from sdopt.kernels.to_float8 import Scaled
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+STEP, LAST = 2.0**-4, 2.0**-10
+SUMMED = 2.0**-10  # of the sum of absolute products: tensor cores add in fewer bits than float32 has; the result in bfloat16
+TYPICAL = STEP * sqrt(2 / 3)  # two factors, each off by up to STEP, evenly: what a sum of many products is off by
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("a GPU is there, and Triton compiles for it")
+    torch.manual_seed(0)
+    return request.param
+
+
+def exactly(scaled):
+    return scaled.values.double() * scaled.scale.double()
+
+
+def may_be_off(x, scale):
+    return torch.maximum(STEP * x.abs(), LAST * scale.double())
+
+
+def assert_product(ours, x, weight, bias, x_scale, weight_scale):
+    """Every number of `ours` within what rounding each factor may cost it; all together within what it typically does."""
+    x, weight = x.double(), weight.double()
+    exact = x @ weight.T + (0 if bias is None else bias.double())
+    off_x, off_weight = may_be_off(x, x_scale), may_be_off(weight, weight_scale)
+    allowed = off_x @ weight.abs().T + x.abs() @ off_weight.T + off_x @ off_weight.T
+    allowed += SUMMED * (x.abs() @ weight.abs().T) * 1.2 + 2.0**-8 * (exact.abs() + allowed) + 1e-12
+    off = (ours.double() - exact).abs()
+    assert ours.dtype is torch.bfloat16 and ours.shape == exact.shape
+    assert (off <= allowed).all(), f"{(off / allowed).max():.2f} times what rounding may cost"
+    return (off.square().mean().sqrt() / (exact.square().mean().sqrt() + 1e-30)).item()
+
+
+def made(inputs, outputs, device, bias=True, parts=1, scales="row", largest=4.0):
+    linears = [nn.Linear(inputs, outputs, bias).to(device, torch.bfloat16) for _ in range(parts)]
+    layer = Layer(linears, lambda: torch.tensor(largest, device=device), Rounding(scales, "all"))
+    with torch.no_grad():
+        layer.gather()
+    return linears, layer
+
+
+@pytest.mark.parametrize("scales", fp8.SCALES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 320, 96), (7, 16, 16), (1, 640, 32), (300, 48, 208)])
+@torch.no_grad()
+def test_a_layer_is_off_by_no_more_than_its_format(device, scales, rows, inputs, outputs):
+    x = torch.randn(rows, inputs, device=device).bfloat16().clamp(-4, 4)
+    (linear,), layer = made(inputs, outputs, device, scales=scales)
+    scaled = to_float8.to_float8(x, layer.takes)
+    off = assert_product(layer(scaled), x, linear.weight, linear.bias, scaled.scale, layer.weight.scale)
+    assert off < TYPICAL
+
+
+@pytest.mark.parametrize("scales", fp8.SCALES)
+@torch.no_grad()
+def test_joined_layers_give_their_outputs_in_a_row(device, scales):
+    x = torch.randn(2, 9, 64, device=device).bfloat16().clamp(-4, 4)
+    linears, layer = made(64, 32, device, bias=False, parts=3, scales=scales)
+    with torch.no_grad():
+        linears[1].weight.mul_(20)
+        layer.gather()
+    scaled = to_float8.to_float8(x, layer.takes)
+    ours = layer(scaled).chunk(3, -1)
+    scale = layer.weight.scale.split(32) if scales == "row" else [layer.weight.scale] * 3
+    for one, linear, of in zip(ours, linears, scale):
+        assert one.shape == (2, 9, 32)
+        assert assert_product(one.flatten(0, 1), x.flatten(0, 1), linear.weight, None, scaled.scale, of) < TYPICAL
+
+
+@torch.no_grad()
+def test_outliers_in_one_channel(device):
+    """A thousand times the rest, in every row: what is left of the rest still has its three bits."""
+    x = torch.randn(128, 320, device=device)
+    x[:, 17] *= 1000
+    x = x.bfloat16()
+    (linear,), layer = made(320, 64, device)
+    linear.weight[:, 17] = 0  # so that the rest is all that is seen
+    layer.gather()
+    scaled = to_float8.to_float8(x)
+    off = assert_product(layer(scaled), x, linear.weight, linear.bias, scaled.scale, layer.weight.scale)
+    assert off < TYPICAL
+    linear.weight[:, 17] = torch.randn(64, device=device).bfloat16()
+    layer.gather()
+    assert assert_product(layer(scaled), x, linear.weight, linear.bias, scaled.scale, layer.weight.scale) < TYPICAL
+
+
+@torch.no_grad()
+def test_rows_and_outputs_of_zeros(device):
+    x = torch.randn(32, 64, device=device).bfloat16()
+    x[3] = 0
+    for scales in fp8.SCALES:
+        (linear,), layer = made(64, 32, device, scales=scales)
+        linear.weight[5] = 0
+        layer.gather()
+        y = layer(to_float8.to_float8(x, layer.takes))
+        assert y.isfinite().all() and torch.equal(y[3], linear.bias) and (y[:, 5] == linear.bias[5]).all()
+        linear.weight.zero_()
+        layer.gather()
+        assert torch.equal(layer(to_float8.to_float8(x, layer.takes)), linear.bias.expand(32, -1))
+
+
+@torch.no_grad()
+def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
+    """Inputs made to go as far as they can: the bound is reached, nearly, and not passed."""
+    torch.manual_seed(0)
+    norm, wide = nn.LayerNorm(64), nn.Linear(64, 96)
+    norm.weight.copy_(torch.randn(64)), norm.bias.copy_(torch.randn(64))
+    farthest = norm(100 * torch.cat([torch.eye(64), -torch.eye(64)])).abs().max()
+    assert 0.98 * fp8.of_norm(norm) < farthest <= fp8.of_norm(norm)
+    directions = (wide.weight * norm.weight)[:, :]
+    x = torch.cat([s * (directions[:48] + t * directions[48:]) for s in (100, -100) for t in (-1, 0, 1)])
+    x = torch.cat([x, 100 * torch.randn(4096, 64)])
+    value, gate = wide(norm(x)).chunk(2, -1)
+    farthest = (value * nn.functional.gelu(gate)).abs().max()
+    assert 0.2 * fp8.of_gated(norm, wide) < farthest <= fp8.of_gated(norm, wide)
+
+
+def rounded_by_hand(unet, scales):
+    """A copy of `unet` in float64 whose layers round weights and inputs as the engine does, by plain PyTorch."""
+    unet = copy.deepcopy(unet).double()
+    for block in (m for m in unet.modules() if type(m) is BasicTransformerBlock):
+        wide, narrow = block.ff.net[0].proj, block.ff.net[2]
+        places = {
+            **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (fp8.of_norm, (block.norm1,))),
+            block.attn2.to_q: (fp8.of_norm, (block.norm2,)),
+            wide: (fp8.of_norm, (block.norm3,)),
+            narrow: (fp8.of_gated, (block.norm3, wide)),
+        }
+        largest = {linear: (bound(*of) / 448).float() for linear, (bound, of) in places.items()}  # of weights not yet rounded
+        own = [linear.weight.abs().max() for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)]
+        for linear in places:
+            joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+            whole = (max(own) if joined else linear.weight.abs().max()) / 448
+            by_row = scales == "row"
+            linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
+            takes = "row" if by_row else largest[linear]
+            round_input = lambda module, args, takes=takes: (rounded(args[0], takes),)
+            linear.register_forward_pre_hook(round_input)
+    return unet
+
+
+def rounded(x, scales):
+    scaled = to_float8.reference(x, scales)
+    scale = scaled.scale if scaled.scale.numel() == 1 else scaled.scale.reshape(*x.shape[:-1], 1)
+    return scaled.values.double() * scale.double()
+
+
+@pytest.mark.parametrize("scales", fp8.SCALES)
+@torch.no_grad()
+def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
+    """In bfloat16, against float64 and against float64 with the same numbers rounded to e4m3; in the interpreter on a CPU."""
+    model = tiny_sdxl().unet.mid_block.attentions[0].bfloat16()
+    torch.manual_seed(1)
+    for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):  # as after training, and one channel far out
+        norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
+        norm.weight[5] *= 8
+    x, text = torch.randn(1, 64, 5, 4).bfloat16().float(), torch.randn(1, 7, 64).bfloat16().float()
+    call = lambda model, dtype, device="cpu": model(x.to(device, dtype), text.to(device, dtype), return_dict=False)[0].cpu() - x
+    exact = call(copy.deepcopy(model).double(), torch.float64)
+    by_hand = call(rounded_by_hand(model, scales), torch.float64)
+    fused.fuse(model.to(device))
+    plain = call(model, torch.bfloat16, device)
+    layers = fp8.layers(model.transformer_blocks, Rounding(scales, "all"))
+    layers.gather(lambda call: (call(), None))
+    with using(Once([], [], [], None, (), layers), {}):
+        ours = call(model, torch.bfloat16, device)
+    off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    assert len(layers) == 4 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
+    assert off(by_hand, exact) > 1.5 * off(plain, exact), "it has to matter"
+    assert off(ours, exact) < 1.1 * off(by_hand, exact) + off(plain, exact)
+    # a number that bfloat16 moved by 1/256 falls to the next of e4m3, 1/8 away, once in 32 times: sqrt(1/32) of a step,
+    # where rounding costs sqrt(1/12)
+    assert off(ours, by_hand) < sqrt(12 / 32) * off(by_hand, exact) + off(plain, exact)
+
+
+def test_what_is_worth_it_is_a_question_of_size():
+    assert fp8.pays(2048, 1280, 10240) and not fp8.pays(256, 128, 384)
+    by_filter = [Layer([nn.Linear(1280, 1280)], None, Rounding("row", filter)) for filter in fp8.FILTERS]
+    assert [[layer.pays(rows) for rows in (16, 16384)] for layer in by_filter] == [[False, True], [True, True]]
+
+
+@torch.no_grad()
+def test_only_layers_that_can_be_are_rounded(monkeypatch):
+    unet = tiny_sdxl().unet.bfloat16()
+    block = next(m for m in unet.modules() if type(m) is BasicTransformerBlock)
+    every = Rounding("row", "all")
+    assert [*fp8.layers([block], every)] == [block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]]
+    assert not fp8.layers([block], None)
+    block.attn1.to_k.register_forward_hook(lambda *a: None)
+    block.ff.net[2].weight.data = block.ff.net[2].weight.data.float()
+    block.ff.net[0].proj = nn.Linear(64, 2 * 40).bfloat16()
+    block.attn2.to_q = nn.Linear(63, 64, bias=False).bfloat16()
+    assert [*fp8.layers([block], every)] == [block.ff.net[0].proj]
+
+
+def test_with_a_scale_for_all_rows_nothing_is_rounded_whose_size_weights_do_not_tell():
+    block = next(m for m in tiny_sdxl().unet.bfloat16().modules() if type(m) is BasicTransformerBlock)
+    wide, narrow = block.ff.net[0].proj, block.ff.net[2]
+    wide.register_forward_hook(lambda module, args, out: 1000 * out)
+    taken = {scales: fp8.layers([block], Rounding(scales, "all")) for scales in fp8.SCALES}
+    assert narrow in taken["row"] and narrow not in taken["tensor"] and wide not in taken["row"]
+
+
+def test_words_it_does_not_know():
+    assert fp8.asked(None, "row", "measured") is None
+    assert fp8.asked("fp8", "tensor", "all") == Rounding("tensor", "all")
+    for words, said in (
+        (("fp4", "row", "all"), "unknown precision 'fp4': use None or 'fp8'"),
+        (("fp8", "column", "all"), "unknown scales 'column': use 'row' or 'tensor'"),
+        (("fp8", "row", "some"), "unknown filter 'some': use 'measured' or 'all'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fp8.asked(*words)

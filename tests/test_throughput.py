@@ -1,0 +1,92 @@
+"""Pictures a second by batch: measured on a CPU with pocket, two steps; and what is made of recorded numbers."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from made_up import row as made_up_row
+
+from sdopt import models, quantization, report, results, tables
+from sdopt.bench import studies, throughput
+from sdopt.bench.row import Recipe
+
+
+def test_the_study_is_mlperfs_work_at_every_batch(monkeypatch):
+    study = studies.study("sdxl-throughput")
+    shared = studies.settings(study.model, study.weights, steps=study.steps, runs=study.runs, guidance_scale=study.guidance_scale)
+    assert [shared[key] for key in ("steps", "guidance_scale", "scheduler", "height", "weights")] == [20, 8.0, "euler", 1024, "random"]
+    monkeypatch.setattr(quantization, "has_fp8", lambda device: True)
+    rows = studies.rows_of(study, "cuda", study.steps)
+    ids = [f"{kind}_batch_{n}" for kind in ("bf16", "fp8") for n in (1, 2, 4, 8, 16, 32, 64)]
+    assert [row.id for row in rows] == ids and [row.settings["batch"] for row in rows] == [1, 2, 4, 8, 16, 32, 64] * 2
+    asked = []
+    monkeypatch.setattr("sdopt.engine.prepare", lambda pipe, **settings: asked.append(settings) or pipe)
+    pipe = SimpleNamespace(vae=SimpleNamespace(enable_slicing=lambda: asked.append("one by one")))
+    for row in rows[6:8]:
+        row.apply(pipe)
+    assert asked == ["one by one", {}, "one by one", {"precision": "fp8"}]
+    monkeypatch.setattr(quantization, "has_fp8", lambda device: False)
+    assert [row.id for row in studies.rows_of(study, "cuda", 20)] == ids[:7]
+
+
+class Here:
+    """In place of a process a row: all in this one."""
+
+    def __init__(self, ctx, ahead):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def call(self, function, *arguments, on_phase, limit_s):
+        return function({}, on_phase, *arguments)
+
+
+def test_rows_have_rates_and_a_row_that_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput.process, "Fresh", Here)
+    shared = studies.settings("pocket", height=64, width=64, steps=2, runs=2, guidance_scale=8.0)
+    rows = [Recipe(f"bf16_batch_{n}", f"bf16, {n} at once", ("bf16", "sdpa"), settings={"batch": n}) for n in (1, 3)]
+    rows.append(Recipe("none", "no such row", ("bf16",), {"dtype": torch.float64}, settings={"batch": 2}))
+    result = throughput.by_batch(shared, rows, "cpu", tmp_path, study="pocket-throughput")
+    one, three, none = results.read(tmp_path / "pocket-throughput.json")["rows"]
+    for row, batch in ((one, 1), (three, 3)):
+        rate, median = row["rate"], row["latency_s"]["median"]
+        assert row["settings"]["batch"] == batch
+        assert rate["images_per_s"] == pytest.approx(batch / median) and len(row["latency_s"]["runs"]) == 2
+        assert rate["tflops"] == pytest.approx(rate["images_per_s"] * row["flops_a_picture"] / 1e12)
+        ceiling = row["ceiling_tflops"]
+        assert rate["of_ceiling"] == {"bfloat16": pytest.approx(rate["tflops"] / ceiling["bfloat16"])}
+        assert row["stages_ms"]["unet_calls"] == 2 and row["as_run"]["fp8_layers"] == 0
+    assert one["flops_a_picture"] == three["flops_a_picture"] > 0
+    assert none["status"].startswith("failed: ") and "rate" not in none
+    text = tables.text(result)
+    assert "images/s" in text and "failed: " in text and "batch 1 to 3" in text and "of fp8's" not in text
+    assert throughput.by_batch(shared, rows, "cpu", tmp_path, study="pocket-throughput")["rows"] == result["rows"], "all done"
+
+
+def test_operations_are_counted_from_shapes():
+    """SDXL's, as they were counted before in another way: 6.76 trillion a sample of the UNet, 10.47 to decode a picture."""
+    read = lambda part: json.loads((models.CONFIGS / "sdxl" / f"{part}.json").read_text())
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel.from_config(read("unet")), AutoencoderKL.from_config(read("vae"))
+    pipe = SimpleNamespace(unet=unet, vae=vae, vae_scale_factor=8, tokenizer=SimpleNamespace(model_max_length=77))
+    counted = throughput.flops(pipe, SimpleNamespace(height=1024, width=1024, steps=3))
+    assert counted == pytest.approx((3 * 2 * 6.761 + 10.470) * 1e12, rel=1e-3)
+
+
+def test_the_table_says_that_it_is_not_mlperfs():
+    ceiling = {"bfloat16": 700.0, "fp8": 1300.0}
+    row = made_up_row("fp8_batch_8", 4.0, ceiling_tflops=ceiling, flops_a_picture=280e12, settings={"batch": 8})
+    row["rate"] = throughput.rate(row, 8)
+    shared = studies.settings("sdxl", "random", steps=20)
+    environment = dict.fromkeys(results.ENVIRONMENT) | {"gpu": "NVIDIA H200", "cpu": "Some CPU, 2 cores"}
+    result = {"schema": 1, "study": "sdxl-throughput", "environment": environment, "settings": shared, "rows": [row]}
+    said = tables.markdown(result)
+    assert "random weights" in said and "not an MLPerf result" in said
+    assert "| 2.00 |" in said and "| 560 | 80% | 43% |" in said, said
+    assert report.MEASURED["throughput"]
