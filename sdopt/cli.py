@@ -117,7 +117,7 @@ def _bench(options):
     runs, steps, pictures = given
     if study.pictures is None and pictures is not None:
         raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
-    if study.name.endswith("-batches") and options.batch != 1:
+    if study.name.endswith(("-batches", "-throughput")) and options.batch != 1:
         raise UserError(f"--batch is not for {study.name}, whose rows are batches: choose some of them with --only")
     weights = options.weights or study.weights
     shared = studies.settings(

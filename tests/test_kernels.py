@@ -275,3 +275,39 @@ def test_a_cpu_without_the_interpreter_is_told_of_it():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "geglu needs a CUDA GPU; TRITON_INTERPRET=1" in ended.stderr.strip().splitlines()[-1]
+
+
+class Noted:
+    """A kernel that notes what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getitem__(self, grid):
+        return lambda *given, **settings: self.asked.append(("started", grid, given, settings))
+
+    def warmup(self, *given, grid, **settings):
+        self.asked.append(("compiled", grid, given, settings))
+
+
+def test_kernels_are_compiled_ahead_and_not_started_then(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    kernel = Noted()
+    launch.compile_ahead(lambda: launch.start(kernel, (2,), "x", num_warps=4))
+    launch.start(kernel, (2,), "x", num_warps=4)
+    assert kernel.asked == [(way, (2,), ("x",), {"num_warps": 4}) for way in ("compiled", "started")]
+    with pytest.raises(ZeroDivisionError):
+        launch.compile_ahead(lambda: 1 / 0)
+    launch.start(kernel, (1,))
+    assert kernel.asked[-1][0] == "started", "afterwards, whatever happened"
+
+
+@pytest.mark.gpu
+def test_gpu_a_kernel_is_compiled_ahead_by_a_thread_and_computes_then(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.randn(7, 2 * 3, device="cuda")  # a tile that no other test compiles
+    launch.compile_ahead(lambda: geglu.geglu(x))
+    compiled = sorted(tmp_path.rglob("*.cubin"))
+    assert compiled
+    assert_close(geglu.geglu(x), geglu.reference, x)
+    assert sorted(tmp_path.rglob("*.cubin")) == compiled, "not once more"

@@ -67,7 +67,9 @@ def group_norm(
     arguments = weight, bias, x if shift is None else shift
     stride = 0 if shared else shift.stride(0)
     if is_whole(x, groups):
-        _whole[(groups, batch)](
+        launch.start(
+            _whole,
+            (groups, batch),
             *(x, out, *arguments, rows, channels, stride, eps),
             *(size, high, wide, shift is not None, silu),
             num_warps=min(16, max(4, high * wide // 2**11)),
@@ -77,15 +79,20 @@ def group_norm(
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
     lines = torch.empty(2, batch, channels, device=x.device, dtype=torch.float32)
-    _moments[(parts, strips, batch)](x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
-    _fold[(groups, batch)](
+    launch.start(_moments, (parts, strips, batch), x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
+    launch.start(
+        _fold,
+        (groups, batch),
         *(moments, moments[1], lines, lines[1], *arguments),
         *(rows, channels, parts, tall * turns, stride, eps, size),
         *(max(16, 2048 // wide), wide, shift is not None),
         num_warps=4,
     )
-    _apply[(triton.cdiv(rows, tall), strips, batch)](
-        x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu, num_warps=4
+    launch.start(
+        _apply,
+        (triton.cdiv(rows, tall), strips, batch),
+        *(x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu),
+        num_warps=4,
     )
     return out
 
