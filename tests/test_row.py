@@ -1,10 +1,11 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sdopt import path, profiling
-from sdopt.bench import row
+from sdopt.bench import claims, row
 from sdopt.errors import UserError
 from sdopt.profiling import Profile
 
@@ -86,3 +87,19 @@ def test_a_damaged_cache_is_named_with_its_mend(tmp_path, left, monkeypatch):
     one.artifacts.write_bytes(left)
     with pytest.raises(UserError, match=r"sdxl-last.bin.xz is damaged: delete it"):
         row.prepare(one, lambda phase: None)
+
+
+@pytest.mark.parametrize("search", [claims.ALONE, claims.LATER, claims.SHARED])
+def test_what_was_compiled_is_exported_once_its_search_is_done(search, tmp_path, monkeypatch):
+    exported = []
+    monkeypatch.setattr(row, "prepare", lambda job, tell: (tell("preparing"), (SimpleNamespace(), {}))[1])
+    monkeypatch.setattr(row.drawing, "drawer", lambda *_, **__: lambda *_: None)
+    monkeypatch.setattr(row.drawing, "is_compiled", lambda pipe: True)
+    monkeypatch.setattr(row, "keep_artifacts", exported.append)
+    monkeypatch.setattr(claims, "processes", lambda: 3)
+    one = replace(job(("compile",), tmp_path), search=search, device="cpu")
+    first = row.first_call({}, lambda phase: None, one)
+    assert exported == ([one] if search == claims.ALONE else [])
+    assert {key: first[key] for key in ("left", "processes") if key in first} == (
+        {"left": 0, "processes": 3} if search == claims.LATER else {}
+    )

@@ -111,8 +111,8 @@ def first_call(state, tell, job):
     """Load, prepare, draw once; `state` keeps what can draw.
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
-    pipeline to its first picture. Where the search is for LATER, nothing is exported yet, and there are "left", how many
-    kernels it left out, and "processes", how many could search them.
+    pipeline to its first picture. What was compiled is exported, but not before its search is done. Where that is for LATER,
+    there are "left", how many kernels it left out, and "processes", how many could search them.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
@@ -124,8 +124,9 @@ def first_call(state, tell, job):
     first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
     if job.search == claims.LATER:
         return first | {"left": len(left), "processes": claims.processes()}
-    tell(KEEPING)
-    keep_artifacts(job)
+    if job.search == claims.ALONE:
+        tell(KEEPING)
+        keep_artifacts(job)
     return first
 
 
