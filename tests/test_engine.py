@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from tiny import draw, psnr, tiny_sdxl
@@ -32,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs
+from sdopt.engine import fused, graphs, pictures
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -583,6 +584,36 @@ def gpu_draw(pipe, prompts=("a red ball",), side=256, steps=6, seed=0, **call):
     size = {"height": side, "width": side}
     call = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "np", **size, **call}
     return pipe(list(prompts), generator=generator, **call).images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("denormalised", [None, [True, False]])
+def test_pictures_have_the_same_pixels(dtype, denormalised):
+    processor = VaeImageProcessor()
+    decoded = torch.randn(2, 3, 40, 72, dtype=dtype).to(memory_format=torch.channels_last)
+    decoded = decoded.abs().clamp(max=1) if denormalised else decoded
+    expected = processor.postprocess(decoded, "pil", denormalised)
+    pictures.put(processor)
+    pictures.put(processor)
+    ours = processor.postprocess(decoded, "pil", denormalised)
+    assert [list(one.getdata()) for one in ours] == [list(one.getdata()) for one in expected]
+    assert np.array_equal(processor.postprocess(decoded, output_type="np"), VaeImageProcessor().postprocess(decoded, "np"))
+    assert processor.postprocess(decoded[:, :1])[0].mode == "L", "left to diffusers"
+    pictures.take(processor)
+    assert "postprocess" not in vars(processor)
+    pictures.take(processor)
+
+
+def test_a_processor_that_somebody_has_changed_is_left_alone():
+    class Own(VaeImageProcessor):
+        pass
+
+    own, patched = Own(), VaeImageProcessor()
+    patched.postprocess = mine = lambda *_, **__: "mine"
+    for processor in (own, patched, None):
+        pictures.put(processor)
+        pictures.take(processor)
+    assert "postprocess" not in vars(own) and patched.postprocess is mine
 
 
 @pytest.mark.gpu

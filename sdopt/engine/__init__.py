@@ -7,7 +7,7 @@ from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
-    from sdopt.engine import fp8, fused, graphs, text, unet
+    from sdopt.engine import fp8, fused, graphs, pictures, text, unet
 except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
     MISSING = missing.name
 else:
@@ -21,7 +21,7 @@ def prepare(
 ):
     """Let UNet and VAE decoder of `pipe` run on fused kernels inside CUDA graphs, from the next call on; returns `pipe`.
 
-    Its CLIP text encoders run inside CUDA graphs, too.
+    Its CLIP text encoders run inside CUDA graphs, too, and pictures are rounded to bytes before they leave the GPU.
 
     Any stock pipeline around a `UNet2DConditionModel`: Stable Diffusion 1.x, 2.x and XL, text to image, image to image,
     inpainting, with or without a ControlNet. A size's first picture captures its graphs, in seconds; `keep` graphs of
@@ -74,6 +74,7 @@ def prepare(
     decoder.forward = graphs.Decoder(decoder, memory, keep)
     for encoder in encoders:
         encoder.forward = text.TextEncoder(encoder, memory, keep)
+    pictures.put(getattr(pipe, "image_processor", None))
     return pipe
 
 
@@ -97,6 +98,7 @@ def restore(pipe):
         weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if scheduler is not None:
         vars(scheduler).pop("set_timesteps", None)
+    pictures.take(getattr(pipe, "image_processor", None))
     return pipe
 
 
