@@ -1,15 +1,20 @@
 """Linear layers in e4m3, by torch._scaled_mm: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
-self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). In SDXL
-that is 8/9 of the transformer blocks' operations; what attention gives (`to_out`) and the projections around a model's blocks
-would need a pass of their own, and stay as they are, as do the prompt's keys and values, which are computed once a picture.
+self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That is
+16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the projections
+around a model's blocks would need a pass of their own, and stay as they are.
+
+Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
+weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
+picture depends on those before it. That the bound is tens of times what is common costs little: e4m3 is a float, and keeps its
+three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
 mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capability 9.0 with CUDA 12.9 or later. Elsewhere
-scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` tensor cores
-sum a whole product in their own registers, of fewer bits than float32; without, float32 sums are kept at half the speed.
+scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` a tensor core's
+own sums, of fewer bits than float32, run through a whole product; without, they are added up in float32 on the way.
 
 Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (1.6 GB for SDXL, less 0.6 GB of joined
 projections that this spares).
