@@ -1,9 +1,9 @@
 """Linear layers in e4m3, by torch._scaled_mm: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
-self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That is
-16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the projections
-around a model's blocks would need a pass of their own, and stay as they are.
+self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That
+is 16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the
+projections around a model's blocks would need a pass of their own, and stay as they are.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
@@ -47,10 +47,10 @@ class Rounding:
 
 def asked(precision: str | None, scales: str, filter: str) -> Rounding | None:
     """The words of `engine.prepare` as a `Rounding`, None for none; raises UserError for a word that is unknown."""
-    for name, value, known in (("precision", precision, (None, "fp8")), ("scales", scales, SCALES), ("filter", filter, FILTERS)):
-        if value not in known:
-            words = " or ".join(repr(word) for word in known)
-            raise UserError(f"unknown {name} {value!r}: use {words}")
+    words = {"precision": (precision, (None, "fp8")), "scales": (scales, SCALES), "filter": (filter, FILTERS)}
+    for name, (word, known) in words.items():
+        if word not in known:
+            raise UserError(f"unknown {name} {word!r}: use {' or '.join(map(repr, known))}")
     return Rounding(scales, filter) if precision else None
 
 
@@ -69,7 +69,9 @@ def check(unet: nn.Module, rounding: Rounding):
         few = Scaled(new((32, 32), E4M3), new((32, 1) if rounding.scales == "row" else ()))
         product(few, few, new(32, DTYPE))
     except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
-        raise UserError(f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}") from error
+        raise UserError(
+            f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}"
+        ) from error
 
 
 def pays(rows: int, inputs: int, outputs: int) -> bool:
@@ -149,7 +151,7 @@ def layers(blocks, rounding: Rounding | None) -> Layers:
     found = Layers()
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
-        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # what GEGLU gives, by weights alone
+        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
             block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
