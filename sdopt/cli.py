@@ -116,6 +116,8 @@ def _bench(options):
     runs, steps, pictures = given
     if study.pictures is None and pictures is not None:
         raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
+    if study.kind == "throughput" and options.batch != 1:
+        raise UserError(f"each row of {study.name} has a batch of its own: choose rows with --only, leave --batch out")
     weights = options.weights or study.weights
     shared = studies.settings(
         study.model, weights, options.height, options.width, steps, options.batch, runs, pictures, study.guidance_scale

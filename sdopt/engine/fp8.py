@@ -121,7 +121,8 @@ class Layer:
         if self.by_row:
             scale = self.weight.scale.split(self.sizes)
         else:
-            scales = self.weight.scale.copy_(_scale(torch.stack([part.weight.abs().amax() for part in self.parts]).amax()))
+            largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
+            scales = self.weight.scale.copy_(_scale(torch.stack(largest).amax()))
             self.takes.copy_(_scale(self._largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))
@@ -173,10 +174,10 @@ def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
 def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
     """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|."""
     wide = _merged(wide)
-    weight, centre = wide.weight.float(), wide.weight.float() @ norm.bias.float()
-    centre = centre if wide.bias is None else centre + wide.bias.float()
-    largest = (weight * norm.weight.float()).norm(dim=1) * weight.shape[1] ** 0.5 + centre.abs()
-    values, gates = largest.chunk(2)
+    weight, squares = wide.weight.float(), norm.weight.float().square()
+    centre = weight @ norm.bias.float() + (0 if wide.bias is None else wide.bias.float())
+    spread = (weight.square() @ squares * len(squares)).sqrt()
+    values, gates = (spread + centre.abs()).chunk(2)
     return (values * gates).max()
 
 
