@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sdopt.errors import UserError, exit_code
@@ -30,8 +31,8 @@ def parser():
     bench.add_argument(
         "study",
         metavar="STUDY",
-        help="{pocket,sd15,sdxl}-path, {sd15,sdxl}-peers, {pocket,sd15,sdxl}-engine, sdxl-throughput, pocket-quality "
-        "or pocket-gate",
+        help="{pocket,sd15,sdxl}-{path,engine,stages,break-even,batches}, {sd15,sdxl}-peers, sd15-hpml, "
+        "{pocket,sdxl}-attribution, sdxl-throughput, pocket-quality or pocket-gate",
     )
     _common(bench, rows="the compiler's cache", out="bench")
     bench.add_argument("--runs", type=int, help="timed calls a row (default: the study's)")
@@ -106,7 +107,7 @@ def _run(options):
 
 def _bench(options):
     from sdopt import report, results
-    from sdopt.bench import peers, studies, survey, throughput, walk
+    from sdopt.bench import grids, peers, sharing, stages, studies, survey, throughput, walk
     from sdopt.bench.judge import Judge
     from sdopt.bench.ledger import Ledger, head
 
@@ -116,8 +117,8 @@ def _bench(options):
     runs, steps, pictures = given
     if study.pictures is None and pictures is not None:
         raise UserError(f"--pictures is for quality studies, {study.name} judges the pictures that it times: leave it out")
-    if study.kind == "throughput" and options.batch != 1:
-        raise UserError(f"each row of {study.name} has a batch of its own: choose rows with --only, leave --batch out")
+    if study.name.endswith(("-batches", "-throughput")) and options.batch != 1:
+        raise UserError(f"--batch is not for {study.name}, whose rows are batches: choose some of them with --only")
     weights = options.weights or study.weights
     shared = studies.settings(
         study.model, weights, options.height, options.width, steps, options.batch, runs, pictures, study.guidance_scale
@@ -135,29 +136,24 @@ def _bench(options):
             retry=options.retry,
         )
         machine = results.machine_name(ledger.result["environment"])
-        estimates = studies.estimate(rows, report.recorded(machine, study.name), shared)
+        path = report.recorded(machine, f"{study.model}-path")
+        estimates = grids.reckon(rows, path, shared) if study.kind == "shared" else {}
+        estimates |= studies.estimate(rows, report.recorded(machine, study.name), shared)
         print(report.plan(study, rows, estimates, machine, [row.id for row in rows if ledger.is_done(row.id)]))
         return 0
     studies.check_room(options.out, shared)
     _download(shared)
-    if study.kind == "path":
-        with _progress(len(rows), "row") as progress:
-            result = walk.walk(shared, rows, device, options.out, progress, order, True, options.retry, options.limit)
-    elif study.kind == "quality":
-        with _progress(len(rows), "row") as progress:
-            result = survey.survey(
-                *(shared, rows, device, options.out, progress, every, options.retry, options.limit), study=study.name
-            )
-    elif study.kind == "throughput":
-        with _progress(len(rows), "row") as progress:
-            result = throughput.by_batch(
-                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
-            )
-    else:
-        with _progress(runs, "round") as progress:
-            result = peers.take_turns(
-                *(shared, rows, device, options.out, progress, order, options.retry, options.limit), study=study.name
-            )
+    measure, known = {
+        "path": (partial(walk.walk, resume=True), order),
+        "peers": (peers.take_turns, order),
+        "quality": (survey.survey, every),
+        "shared": (sharing.share, every),
+        "stages": (stages.look, order),
+        "throughput": (throughput.by_batch, order),
+    }[study.kind]
+    with _progress(*((runs, "round") if study.kind == "peers" else (len(rows), "row"))) as progress:
+        more = {"retry": options.retry, "limit_s": options.limit} | ({} if study.kind == "path" else {"study": study.name})
+        result = measure(shared, rows, device, options.out, progress, known, **more)
     print(report.text(result))
     print(
         f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"

@@ -96,8 +96,7 @@ def compile_pipeline(
     if compiled_kind(pipe):
         return Compiled(compiled_kind(pipe), _compiled_regions(pipe))
     start_at_step_zero(pipe)
-    # diffusers asks for PyTorch's version in a cached function; that it is traced rather than cached changes nothing
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    quieten()
     if kind == "whole":
         pipe.unet.compile(**settings)
     else:
@@ -108,6 +107,11 @@ def compile_pipeline(
         # The decoder and not vae.decode: slicing and tiling, which are Python's loops, stay outside the graph.
         pipe.vae.decoder.compile(**settings)
     return Compiled(kind, _compiled_regions(pipe))
+
+
+def quieten() -> None:
+    """Silence a warning that says nothing: diffusers asks for PyTorch's version in a cached function, which is traced instead."""
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
 
 def compiled_kind(pipe) -> str | None:

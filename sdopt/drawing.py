@@ -95,25 +95,27 @@ def drawer(pipe, task, **call_kwargs):
     return draw
 
 
-def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kwargs):
+def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=None, **call_kwargs):
     """Draw the task and time it; returns (numbers, pictures).
 
     numbers: {"latency_s", "first_call_s", "peak_memory_bytes", "peak_memory_of", "stages_ms"}, a row's as in a result
     file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. The stages are those of
-    the last timed call on a CPU, and of one more call on a GPU, where their marks would take part in what is timed.
-    `tell(phase)` hears what is under way; the timed calls are made within `during`.
+    the last timed call on a CPU, and medians of more calls on a GPU, where their marks would take part in what is timed.
+    `tell(phase)` hears what is under way; the timed calls are made within `during`. `settling`: keywords of the untimed calls
+    between the first and the timed ones, where they need not draw a whole picture.
     Raises ArithmeticError when latents or a picture hold values that are not finite. Introduced in
     notebooks/00_measure_first.
     """
     draw = drawer(pipe, task, **call_kwargs)
     cuda, runs = pipe.unet.device.type == "cuda", len(task.prompts)
     settle = timing.SETTLING_CALLS if is_compiled(pipe) else 1
-    turns = iter([0] * (1 + settle * cuda) + [*range(runs)])  # calls that warm up draw what the first run draws
+    warm = drawer(pipe, task, **call_kwargs | settling) if settling else draw
+    turns = iter([(draw, 0)] + [(warm, 0)] * (settle * cuda) + [(draw, run) for run in range(runs)])
     drawn, stages = [], {}
 
     def draw_next():
-        run = next(turns)
-        draw_it = lambda: drawn.append(draw(run))
+        how, run = next(turns)
+        draw_it = lambda: drawn.append(how(run))
         if cuda or len(drawn) < runs:
             draw_it()
         else:  # the last: on a CPU nothing has to wait for a stage to be timed, so no call of its own is needed
@@ -123,7 +125,7 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), **call_kw
     timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
     if cuda:
         tell("stages")
-        stages = timing.stages(pipe, lambda: all_finite(pipe, draw))
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), timing.STAGE_CALLS)
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image
 
 from sdopt import results
 from sdopt.errors import UserError
+from sdopt.guidance import guided_steps
 from sdopt.models import MODELS
 from sdopt.path import NUMBERS
 
@@ -75,8 +77,9 @@ def described(result):
     s, e = result["settings"], result["environment"]
     where, name = e["gpu"] or e["cpu"], MODELS[s["model"]].title
     weights = ", random weights (times are real, pictures are noise)" if s["weights"] == "random" else ""
-    batch = "a batch a row" if result["study"].endswith("-throughput") else f"batch {s['batch']}"
-    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, {batch}, {where}"
+    batches = {row["settings"].get("batch", s["batch"]) for row in result["rows"]} or {s["batch"]}
+    batch = " to ".join(dict.fromkeys(map(str, (min(batches), max(batches)))))
+    return f"{name}{weights}, {s['width']}x{s['height']}, {s['steps']} steps, batch {batch}, {where}"
 
 
 def ladder(rows, recorded=()):
@@ -158,15 +161,16 @@ def scatter(points, x, y):
     axes.spines[["top", "right"]].set_visible(False)
     if any(point.get("series") for point in points):
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    _label(axes, points)
+    label(axes, points)
     return figure
 
 
-def _label(axes, points):
+def label(axes, points):
     """Write each point's label beside it, at the first of eight places where it covers no other label and no point."""
     axes.figure.draw_without_rendering()  # so that sizes are known
     pixels = axes.transData.transform([(point["x"], point["y"]) for point in points])
     taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in pixels]
+    taken += [text.get_window_extent() for text in axes.texts]
     for point in points:
         for dx, dy in ((6, 5), (-6, 5), (6, -5), (-6, -5), (0, 8), (0, -8), (14, 14), (14, -14)):
             text = axes.annotate(
@@ -244,6 +248,14 @@ def stages_s(row):
     return stages | {"rest": max(0.0, row["latency_s"]["median"] - sum(stages.values()))}
 
 
+def profiled_calls(row):
+    """The profiled calls of a row, the larger batch first, each with how many calls of a picture are like it."""
+    profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
+    calls = row["stages_ms"]["unet_calls"]
+    guided = guided_steps(row["settings"].get("cutoff", 1.0), calls) if len(profiled) > 1 else calls
+    return list(zip((guided, calls - guided), profiled, strict=False))
+
+
 def count(share):
     """A share for people: "8/10"."""
     return f"{round(share['value'] * share['n'])}/{share['n']}"
@@ -252,6 +264,19 @@ def count(share):
 def decibels(drift):
     """A drift for people: "34.2 dB", or "identical"."""
     return "identical" if drift["exact"] else f"{drift['psnr_db']:.1f} dB"
+
+
+def logarithmic(axes):
+    """Both scales logarithmic, with plain numbers, on a quiet grid."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def bare(axes):

@@ -1,26 +1,55 @@
 """The figures and pages made again from figures/data, and what the command line prints of a study."""
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
 
-from sdopt import cards, figures, frontfigures, pathfigures, peerfigures, records, results, sentences, tables, timefigures
+from sdopt import (
+    breakeven,
+    cards,
+    figures,
+    frontfigures,
+    gridfigures,
+    gridtables,
+    pathfigures,
+    peerfigures,
+    records,
+    results,
+    rooflinefigures,
+    sentences,
+    stagetables,
+    tables,
+    timefigures,
+)
 from sdopt.errors import UserError
+from sdopt.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = ("*-path.json", "*-peers.json", "*-engine.json", "*-quality.json", "*-gate.json", "*-throughput.json")
+KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", "throughput", *gridtables.KINDS)
+STUDIES = tuple(f"*-{kind}.json" for kind in KINDS)
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
-STUDY_BLOCKS = {"table": tables.markdown, "headline": sentences.headline, "budget": sentences.budget, "levels": tables.levels}
+STUDY_BLOCKS = {
+    "table": tables.markdown,
+    "headline": sentences.headline,
+    "budget": sentences.budget,
+    "levels": tables.levels,
+    "rates": stagetables.rates,
+}
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
-PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/10_the_whole_path.ipynb")
+FIGURE = "figure"  # a block that shows a study's figure
+WHOLE = "study"  # a block with all that is shown of a study
+PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/04_compile.ipynb", "notebooks/10_the_whole_path.ipynb")
 
 MEASURED = {
     "path": "a process a row, one after the other",
     "peers": "all rows side by side, a picture each in turn",
+    "stages": "a process a row, one after the other, each stage predicted before it is timed",
     "quality": "rows that share a pipeline in one process, each timed, then judged by many pictures",
+    "shared": "rows that share a pipeline in one process, one after the other",
     "throughput": "a process a row, each with more pictures at once",
 }
 
@@ -126,6 +155,12 @@ def _drawings(path):
         return [path], {}
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
+    if tables.is_stages(result):
+        return [path], {"": partial(rooflinefigures.roofline_figure, path)}
+    if tables.is_break_even(result):
+        return [path], {"": partial(breakeven.break_even_figure, path)}
+    if gridtables.kind(result):
+        return gridfigures.sources(path), {"": partial(gridfigures.FIGURES[gridtables.kind(result)], path)}
     if tables.is_peers(result):
         drawings = {"": partial(peerfigures.peers_figure, path)}
         if path.stem.endswith("-peers"):
@@ -160,12 +195,31 @@ def _notebook(old, page, data):
 def _renewed(words, page, data):
     if len(BLOCK.findall(words)) != words.count(OPENING):  # the text up to the end of the next would be lost
         raise UserError(f"a block in {page} is not closed: end each with a line <!-- /sdopt -->")
-    return BLOCK.sub(lambda found: _block(found, data), words)
+    return BLOCK.sub(lambda found: _block(found, page, data), words)
 
 
-def _block(found, data):
+def _block(found, page, data):
     kind, study, _ = found.groups()
-    if kind not in BLOCKS:
-        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(BLOCKS)}")
-    read = results.read if kind in STUDY_BLOCKS else results.read_json
-    return f"{OPENING}{kind} {study} -->\n{BLOCKS[kind](read(data / f'{study}.json'))}\n<!-- /sdopt -->"
+    if kind not in (*BLOCKS, FIGURE, WHOLE):
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, FIGURE, WHOLE))}")
+    source, said = data / f"{study}.json", ""
+    if kind == WHOLE and source.stem.rpartition("-")[2] not in gridtables.KINDS:
+        raise UserError(f"{page} asks for all of {source.stem}, which is none of these: *-{', *-'.join(gridtables.KINDS)}")
+    if source.exists():  # what is not measured yet leaves its place empty
+        if kind in (FIGURE, WHOLE):
+            drawn = os.path.relpath(data.parent / f"{study.replace('/', '-')}.png", page.parent)
+            said = (_whole if kind == WHOLE else _figure)(results.read(source), drawn)
+        else:
+            said = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(source)) + "\n"
+    return f"{OPENING}{kind} {study} -->\n{said}<!-- /sdopt -->"
+
+
+def _figure(result, drawn):
+    return f"![{figures.described(result)}]({drawn})\n"
+
+
+def _whole(result, drawn):
+    """A heading, how to read it, the table and the figure of a study."""
+    title, words = gridtables.WORDS[gridtables.kind(result)]
+    title = f"{tables.first_upper(MODELS[result['settings']['model']].title)}: {title}"
+    return f"#### {title}\n\n{words}\n\n{tables.markdown(result)}\n\n![{title}]({drawn})\n"

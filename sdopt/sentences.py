@@ -2,7 +2,6 @@
 
 from sdopt import figures, results
 from sdopt.bench.notes import SUBJECTS
-from sdopt.guidance import guided_steps
 from sdopt.path import NUMBERS
 from sdopt.tables import first_upper
 
@@ -46,7 +45,7 @@ def budget(result):
 def _kernels(row):
     if not row.get("unet_kernels"):
         return []
-    counted = _counted(row)
+    counted = figures.profiled_calls(row)
     kinds = {kind: sum(n * call["ms"][kind] for n, call in counted) for kind in row["unet_kernels"][0]["ms"]}
     each = " and ".join(
         f"{n} of {sum(call['ms'].values()):.1f} ms on {_samples(call['samples'])}" for n, call in counted
@@ -63,21 +62,13 @@ def _waiting(rows):
     if not eager:
         return []
     row = eager[-1]
-    busy, unet = sum(n * sum(call["ms"].values()) for n, call in _counted(row)), row["stages_ms"]["unet"]
+    busy, unet = sum(n * sum(call["ms"].values()) for n, call in figures.profiled_calls(row)), row["stages_ms"]["unet"]
     if busy > BUSY * unet:
         return []
     return [
         f"Uncompiled, the GPU waits for its work: at {row['id']} the UNet's calls take {unet:.0f} ms, and the kernels are "
         f"busy for {busy:.0f} of them."
     ]
-
-
-def _counted(row):
-    """The profiled calls of a row, the larger batch first, each with how many calls of a picture are like it."""
-    profiled = sorted(row["unet_kernels"], key=lambda call: -call["samples"])
-    calls = row["stages_ms"]["unet_calls"]
-    guided = guided_steps(row["settings"].get("cutoff", 1.0), calls) if len(profiled) > 1 else calls
-    return list(zip((guided, calls - guided), profiled, strict=False))
 
 
 def _samples(n):

@@ -2,7 +2,7 @@
 
 import re
 
-from sdopt import figures, qualitytables, ratetables, results
+from sdopt import breakeven, figures, gridtables, pagetables, qualitytables, ratetables, results, stagetables
 from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS, step_before
 
@@ -31,6 +31,12 @@ def table(result):
     """
     if is_quality(result):
         header, lines = qualitytables.HEADER, qualitytables.lines(result)
+    elif is_stages(result):
+        header, lines = stagetables.HEADER, stagetables.lines(result)
+    elif is_break_even(result):
+        header, lines = breakeven.HEADER, breakeven.lines(result)
+    elif gridtables.kind(result):
+        header, lines = gridtables.table(result)
     elif is_throughput(result):
         header, lines = ratetables.HEADER, ratetables.lines(result)
     else:
@@ -42,7 +48,17 @@ def table(result):
 
 def is_peers(result):
     """Whether the rows of a study took turns: others' ways beside each other, or beside the engine."""
-    return result["study"].endswith(("-peers", "-engine"))
+    return result["study"].endswith(("-peers", "-engine", "-break-even"))
+
+
+def is_break_even(result):
+    """Whether a peer study is about first calls, and when each has paid for itself."""
+    return result["study"].endswith("-break-even")
+
+
+def is_stages(result):
+    """Whether a study is about the stages of its rows: each has a prediction, and the ceilings it was made from."""
+    return result["study"].endswith("-stages")
 
 
 def is_quality(result):
@@ -120,6 +136,10 @@ def remarks(result):
     rows, said = _measured(result), []
     if is_quality(result):
         return [*qualitytables.remarks(result), *_gpu(result)]
+    if is_stages(result):
+        return [*stagetables.remarks(result), *_gpu(result)]
+    if gridtables.kind(result):
+        return [*gridtables.remarks(result), *_gpu(result)]
     if is_throughput(result):
         return [*ratetables.remarks(result), *_gpu(result)]
     if is_peers(result):
@@ -128,6 +148,8 @@ def remarks(result):
         together = f"the peers took turns, a picture each, in another order in each of {runs} rounds"
         apart = "not all peers took turns with each other: a ratio of two that did not holds two moments of the machine"
         said.append(together if len(groups) == 1 else apart)
+    if is_break_even(result):
+        said.append(breakeven.RULE)
     for row in rows:
         if row["id"] == "compile":
             said.append(f"compile and after: {COMPILED[row['as_run']['compiled']]}")
@@ -141,24 +163,7 @@ def remarks(result):
     if beside:
         named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
         said.append(f"beside the nine steps, compared with the baseline alone: {named}")
-    return [*said, *_first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
-
-
-def _first_calls(rows):
-    calls = {row["id"]: row["first_calls"] for row in rows if row.get("first_calls")}
-    if not calls:
-        return []
-    found = [f"{i} {c['found']} of {c['found'] + c['compiled']}" for i, c in calls.items() if c["found"]]
-    some = f"; graphs that other rows had left there already: {', '.join(found)}" if found else ""
-    taken_up = [
-        f"{i} {figures.seconds(c['before_s'])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get("before_s")
-    ]
-    before = "first call, seconds of an earlier process whose search was taken up, which are counted in: "
-    return [
-        "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
-        f"another process, which finds it there{some}",
-        *([before + ", ".join(taken_up)] if taken_up else []),
-    ]
+    return [*said, *breakeven.first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
 
 
 def _attention(rows):
@@ -216,7 +221,7 @@ def text(result):
 
 def _words(header):
     """How many columns, from the left, hold words and not numbers."""
-    return 2 if "what" in header else 1
+    return 3 if "stage" in header else 2 if "what" in header else 1
 
 
 def _line(cells, widths, words):
@@ -231,14 +236,14 @@ def _line(cells, widths, words):
 def markdown(result):
     """A study's table and its remarks for a page, with what was measured where."""
     cells = table(result)
-    grid = _grid(*cells, words=_words(cells[0]))
+    grid = pagetables.lined(*cells, words=_words(cells[0]))
     said = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{said}".rstrip()
 
 
 def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
-    grid = _grid(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
+    grid = pagetables.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
 
 
@@ -251,16 +256,7 @@ def kernels(result):
         rate, share = row["bytes"] / seconds["ours"] / 1e9, seconds["copy"] / seconds["ours"]
         lines.append([row["kernel"], shape, *times, f"{rate:,.0f}", f"{share:.0%}"])
     about = f"{result['environment']['gpu']}, {result['settings']['dtype']}; {_versions(result)}"
-    return f"{about}.\n\n{_grid(KERNELS_HEADER, *lines, words=2)}"
-
-
-def _grid(header, *lines, words):
-    lines = [header, ["---" if k < words else "---:" for k in range(len(header))], *lines]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-
-
-def _escaped(cell):
-    return cell.replace("|", "\\|")  # in the reason of a failure, say
+    return f"{about}.\n\n{pagetables.lined(KERNELS_HEADER, *lines, words=2)}"
 
 
 def _versions(result):
@@ -277,7 +273,7 @@ def published(content):
     lines = [
         (row["what"], row["hardware"] or "", _figures(row["figures"]), _link(row["source"])) for row in content["rows"]
     ]
-    return _grid(("what", "hardware", "figures", "source"), *lines, words=4)
+    return pagetables.lined(("what", "hardware", "figures", "source"), *lines, words=4)
 
 
 def _figures(values):

@@ -14,6 +14,7 @@ import torch
 from sdopt.errors import UserError
 
 SETTLING_CALLS = 2  # on a GPU, after the first call and before the timed ones
+STAGE_CALLS = 3  # on a GPU, beside the timed ones
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,17 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     return _timed(call, str(device).startswith("cuda"))
 
 
-def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15) -> float:
-    """Median seconds of one `call()` without what launching it costs, for calls of a few kernels.
+def kernel_seconds(
+    call: Callable[[], object], device: str, repeats: int = 20, rounds: int = 15, pick=statistics.median
+) -> float:
+    """Seconds of one `call()` without what launching it costs, by `pick` over the rounds; for calls of a few kernels.
 
     On a GPU, `repeats` calls are recorded into one CUDA graph, and its replays timed by events; on a CPU they are made
     in a row. `call` must do the same at every call and, on a GPU, never wait for it. Introduced in
     notebooks/05_fused_qkv.
     """
     if not str(device).startswith("cuda"):
-        return in_turns([call], device, rounds, repeats)[0]
+        return in_turns([call], device, rounds, repeats, pick)[0]
     side = torch.cuda.Stream()  # a capture must not find anything left to initialise
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -127,7 +130,7 @@ def kernel_seconds(call: Callable[[], object], device: str, repeats: int = 20, r
         start = watch.mark()
         graph.replay()
         watch.spans.append(("graph", start, watch.mark()))
-    return statistics.median(ms for _, ms in watch.read()[3:]) / 1e3 / repeats
+    return pick([ms for _, ms in watch.read()[3:]]) / 1e3 / repeats
 
 
 def in_turns(calls, device: str, rounds: int = 9, repeats: int = 1, pick=statistics.median) -> list[float]:
@@ -166,30 +169,44 @@ def share(module, chosen: Callable[[str, torch.nn.Module], bool], call: Callable
     return statistics.median(shares)
 
 
-def stages(pipe, call: Callable[[], object]) -> dict:
-    """Where one `call()` spends its time: milliseconds by stage, and the number of UNet calls.
+def stages(pipe, call: Callable[[], object], calls: int = 1) -> dict:
+    """Where a `call()` spends its time: milliseconds by stage, medians of so many `calls`, and the number of UNet calls.
 
     Returns {"text_encoder", "unet", "unet_calls", "scheduler", "vae"}, VAE encoding included. On a GPU the times are
-    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait; there, give it
-    a call beside the timed ones. A compiled module is timed from outside and not compiled again. Introduced in
-    notebooks/00_measure_first.
+    between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait, or for a pause
+    in which Python collects its garbage; there, give it STAGE_CALLS calls beside the timed ones. A compiled module is
+    timed from outside and not compiled again. Introduced in notebooks/00_measure_first.
     """
+    seen = [_stages_of_one(pipe, call) for _ in range(calls)]
+    return {stage: statistics.median(ms[stage] for ms in seen) for stage in seen[0]}
+
+
+def _stages_of_one(pipe, call):
     watch = stopwatch(pipe.unet.device)
-    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
-    with ExitStack() as stack:
-        for module in encoders:
-            stack.enter_context(around_calls(module, partial(_mark, watch, "text_encoder")))
-        stack.enter_context(around_calls(pipe.unet, partial(_mark, watch, "unet")))
-        for method in ("scale_model_input", "step"):
-            stack.enter_context(_watched(pipe.scheduler, method, watch, "scheduler"))
-        for method in ("encode", "decode"):
-            stack.enter_context(_watched(pipe.vae, method, watch, "vae"))
+    with around_stages(pipe, partial(_mark, watch)):
         call()
     ms = dict.fromkeys(("text_encoder", "unet", "unet_calls", "scheduler", "vae"), 0)
     for stage, span in watch.read():
         ms[stage] += span
         ms["unet_calls"] += stage == "unet"
     return ms
+
+
+@contextmanager
+def around_stages(pipe, around):
+    """Within, each call of a stage of `pipe` is `around(stage, run, *args, **kwargs)`, where `run` is the call itself.
+
+    The stages are "text_encoder", "unet", "scheduler" and "vae", encoding included.
+    """
+    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    with ExitStack() as stack:
+        for module, stage in (*((encoder, "text_encoder") for encoder in encoders), (pipe.unet, "unet")):
+            stack.enter_context(around_calls(module, partial(around, stage)))
+        for method in ("scale_model_input", "step"):
+            stack.enter_context(_around_method(pipe.scheduler, method, partial(around, "scheduler")))
+        for method in ("encode", "decode"):
+            stack.enter_context(_around_method(pipe.vae, method, partial(around, "vae")))
+        yield
 
 
 def stopwatch(device):
@@ -239,10 +256,10 @@ def around_calls(module, around):
     return swapped(module, "_compiled_call_impl", partial(around, run))
 
 
-def _watched(owner, name, watch, stage):
-    """A context in which `owner.name` reports each of its calls to `watch`."""
-    inner = getattr(owner, name)
-    return swapped(owner, name, wraps(inner)(partial(_mark, watch, stage, inner)))  # pipelines look at signatures
+def _around_method(owner, name, around):
+    """A context in which a call of `owner.name` is `around(run, *args, **kwargs)`, where `run` is the call itself."""
+    run = getattr(owner, name)
+    return swapped(owner, name, wraps(run)(partial(around, run)))  # pipelines look at signatures
 
 
 def _mark(watch, stage, inner, *args, **kwargs):

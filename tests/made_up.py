@@ -173,3 +173,34 @@ def until_killed(study, writes):
         patch.setitem(multiprocessing.process.current_process()._config, "daemon", False)  # so that it may have children
         patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
         return study()
+
+
+def stages_result(**settings):
+    """What `sdopt bench sdxl-stages` writes on a GPU: the nine steps, and the engine alone."""
+    made = bench_result(**settings)
+    made |= {"study": f"{made['settings']['model']}-stages"}
+    made["rows"] = [r | {"quality": None} for r in made["rows"] if r["id"] in IDS] + [row("engine_bf16", 0.9, quality=None)]
+    for n, r in enumerate(made["rows"]):
+        way, rates = ("eager", "fused")[n > 2], {"bfloat16": 700e12} if n else {"float32": 50e12, "TF32": 400e12}
+        flops = {"bfloat16": 200e12} if n else {"float32": 75e12, "TF32": 100e12}
+        unet = {"way": way, "operators": 90_000, "flops": flops, "bytes": 10**12, "predicted_ms": 600.0, "limit": "arithmetic"}
+        unet["kinds"] = {"matrix product": {"flops": 60e12, "bytes": 10**11}, "other": {"flops": 0, "bytes": 10**11}}
+        text = unet | {"way": "graph" if n == 9 else "eager", "flops": {max(rates): 10**11}, "limit": "launches"}
+        stages = {"text_encoder": text | {"bytes": 10**9, "predicted_ms": 5.0}, "unet": unet}
+        stages["scheduler"] = text | {"way": "eager", "flops": {}, "bytes": 10**7, "predicted_ms": 2.0}
+        stages["vae"] = unet | {"flops": {max(rates): 10**13}, "bytes": 10**11, "predicted_ms": 40.0}
+        ceilings = {"flops_per_s": rates, "bytes_per_s": 4e12, "launch_s": 4e-6}
+        r["roofline"] = {"ceilings": ceilings, "call_ms": 1010 * r["latency_s"]["median"], "stages": stages}
+    return made
+
+
+def break_even_result(**settings):
+    """What `sdopt bench sdxl-break-even` writes on a GPU."""
+    made = peers_result(**settings)
+    kept = ("eager_bf16", "compile_reduce_overhead", "compile_max_autotune")
+    made |= {"study": f"{made['settings']['model']}-break-even"}
+    made["rows"] = [r | {"prepare_s": 0.5} for r in made["rows"] if r["id"] in kept]
+    calls = {"cold_s": 40.0, "compiled": 2, "found": 0, "warm_s": 8.0}
+    made["rows"].append(row("compile_regional", 2.1, quality=None, prepare_s=0.5, first_calls=calls, first_call_s=40.0))
+    made["rows"].append(row("engine_bf16", 1.0, quality=None, prepare_s=1.0, first_call_s=9.0))
+    return made

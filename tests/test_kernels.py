@@ -53,9 +53,16 @@ def assert_close(ours, reference, *arguments, **more):
         assert (off <= step).all(), f"off by {off.max():.2e} of {right.abs().max():.2e}"
 
 
+@pytest.fixture(params=["one kernel", "three"])
+def norm_kernels(request, monkeypatch):
+    """Both ways of `group_norm`, whatever the shape."""
+    monkeypatch.setattr(group_norm, "WHOLE", 2**20 if request.param == "one kernel" else 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", IMAGES)
 @pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.usefixtures("norm_kernels")
 def test_group_norm(device, dtype, shape, silu):
     x, channels = image(shape, dtype, device), shape[1]
     weight, bias = (random(channels, dtype, device) for _ in range(2))
@@ -65,12 +72,14 @@ def test_group_norm(device, dtype, shape, silu):
     assert_close(ours, group_norm.reference, x, groups, weight, bias, 1e-5, None, silu)
 
 
+@pytest.mark.usefixtures("norm_kernels")
 def test_group_norm_over_many_tiles(device):
     x, weight, bias = (image((1, 96, 40, 72), torch.bfloat16, device), *torch.randn(2, 96).bfloat16().to(device))
     assert_close(group_norm.group_norm(x, 32, weight, bias), group_norm.reference, x, 32, weight, bias)
 
 
 @pytest.mark.parametrize("shape", [(60,), (3, 60)])
+@pytest.mark.usefixtures("norm_kernels")
 def test_group_norm_adds_a_shift_first(device, shape):
     x = image((3, 60, 5, 9), torch.bfloat16, device)
     weight, bias, shift = (random(s, torch.bfloat16, device) for s in (60, 60, shape))
@@ -78,6 +87,7 @@ def test_group_norm_adds_a_shift_first(device, shape):
     assert_close(ours, group_norm.reference, x, 5, weight, bias, shift=shift)
 
 
+@pytest.mark.usefixtures("norm_kernels")
 def test_group_norm_of_numbers_far_from_zero_keeps_their_spread(device):
     x = image((1, 64, 24, 24), torch.float32, device, mean=1000.0)
     weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)
@@ -178,7 +188,10 @@ def test_softmax(device, dtype, shape):
 
 def test_bytes_are_counted():
     x = torch.empty(2, 64, 8, 8, dtype=torch.bfloat16)
-    assert group_norm.bytes_moved(x) == bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
+    assert bias_residual.bytes_moved(x) == 3 * 2 * x.numel()
+    assert group_norm.bytes_moved(x, 32) == 2 * 2 * x.numel(), "one program keeps a group"
+    large = torch.empty(1, 64, 128, 256, dtype=torch.bfloat16)
+    assert group_norm.bytes_moved(large, 32) == 3 * 2 * large.numel()
     assert geglu.bytes_moved(x) == 3 * x.numel()
     assert linear_geglu.bytes_moved(torch.empty(3, 5), torch.empty(16, 5)) == 4 * (15 + 80 + 24)
     assert prompt_attention.bytes_moved(x, torch.empty(6), torch.empty(6)) == 2 * (2 * x.numel() + 12)
@@ -262,3 +275,39 @@ def test_a_cpu_without_the_interpreter_is_told_of_it():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "geglu needs a CUDA GPU; TRITON_INTERPRET=1" in ended.stderr.strip().splitlines()[-1]
+
+
+class Noted:
+    """A kernel that notes what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getitem__(self, grid):
+        return lambda *given, **settings: self.asked.append(("started", grid, given, settings))
+
+    def warmup(self, *given, grid, **settings):
+        self.asked.append(("compiled", grid, given, settings))
+
+
+def test_kernels_are_compiled_ahead_and_not_started_then(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    kernel = Noted()
+    launch.compile_ahead(lambda: launch.start(kernel, (2,), "x", num_warps=4))
+    launch.start(kernel, (2,), "x", num_warps=4)
+    assert kernel.asked == [(way, (2,), ("x",), {"num_warps": 4}) for way in ("compiled", "started")]
+    with pytest.raises(ZeroDivisionError):
+        launch.compile_ahead(lambda: 1 / 0)
+    launch.start(kernel, (1,))
+    assert kernel.asked[-1][0] == "started", "afterwards, whatever happened"
+
+
+@pytest.mark.gpu
+def test_gpu_a_kernel_is_compiled_ahead_by_a_thread_and_computes_then(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x = torch.randn(7, 2 * 3, device="cuda")  # a tile that no other test compiles
+    launch.compile_ahead(lambda: geglu.geglu(x))
+    compiled = sorted(tmp_path.rglob("*.cubin"))
+    assert compiled
+    assert_close(geglu.geglu(x), geglu.reference, x)
+    assert sorted(tmp_path.rglob("*.cubin")) == compiled, "not once more"

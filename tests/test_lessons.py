@@ -47,7 +47,7 @@ def test_fused_kernels_stand_beside_what_they_replace(monkeypatch):
     kernels = [group_norm, bias_residual, add_layer_norm, geglu, upsample_conv, softmax, linear_geglu, prompt_attention]
     rows = fusions.fusions("cpu", list(zip(kernels, shapes)), repeats=1, rounds=1)
     assert [(row["kernel"], row["shape"]) for row in rows] == [(k.NAME, list(s)) for k, s in zip(kernels, shapes)]
-    moved = [2 * 3 * 192, 2 * 3 * 192, 2 * 4 * 48, 3 * 96, 2 * (24 + 144 + 96), 6 * 80, 2 * (24 + 512 + 96)]
+    moved = [2 * 2 * 192, 2 * 3 * 192, 2 * 4 * 48, 3 * 96, 2 * (24 + 144 + 96), 6 * 80, 2 * (24 + 512 + 96)]
     moved.append(2 * (2 * 32 + 2 * 77 * 16))
     assert [row["bytes"] for row in rows] == moved
     for row in rows:

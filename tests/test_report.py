@@ -3,9 +3,10 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from made_up import IDS, bench_result, peers_result, result, run_folder
+from made_up import IDS, bench_result, peers_result, result, run_folder, stages_result
 
 from sdopt import report, results
+from sdopt.bench import studies
 from sdopt.errors import UserError
 
 README = """# A title
@@ -55,6 +56,7 @@ def checkout(data, monkeypatch):
         (report.pathfigures, ("path_figure", "before_and_after")),
         (report.timefigures, ("stages_figure", "kernels_figure")),
         (report.peerfigures, ("peers_figure", "attention_figure")),
+        (report.rooflinefigures, ("roofline_figure",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, draw)
@@ -65,7 +67,7 @@ def checkout(data, monkeypatch):
 
 
 def recorded_in(target, root):
-    machine, study = re.match(r"(cpu-2-cores|some-gpu)-(\w+-(?:path|peers))", target.name).groups()
+    machine, study = re.match(r"(cpu-2-cores|some-gpu)-(\w+-(?:path|peers|stages))", target.name).groups()
     return root / "figures" / "data" / machine / f"{study}.json"
 
 
@@ -174,6 +176,35 @@ def test_without_a_baseline_there_is_no_before_and_after(tmp_path, checkout):
 def test_adding_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no result of a run"):
         report.add(tmp_path, tmp_path)
+
+
+def test_what_is_not_measured_yet_leaves_its_place_empty(checkout):
+    empty = "".join(f"<!-- sdopt {kind} some-gpu/sdxl-stages -->\n<!-- /sdopt -->\n" for kind in ("figure", "table", "rates"))
+    page = checkout / "README.md"
+    page.write_text(empty)
+    assert report.stale(checkout) == []
+    page.write_text(empty.replace("stages -->\n", "stages -->\nold\n"))
+    report.renew(checkout)
+    assert page.read_text() == empty
+
+
+def test_a_figure_is_shown_where_a_page_asks_for_it(tmp_path, checkout):
+    block = "<!-- sdopt figure some-gpu/sdxl-stages -->\n<!-- /sdopt -->"
+    (checkout / "README.md").write_text(block)
+    path = write_notebook(checkout, block)
+    report.add(run_folder(tmp_path / "stages", stages_result()), checkout)
+    assert {"some-gpu-sdxl-stages.png", "README.md", path.name} == {path.name for path in report.renew(checkout)}
+    assert "batch 1, Some GPU](figures/some-gpu-sdxl-stages.png)\n<!-- /" in (checkout / "README.md").read_text()
+    assert "batch 1, Some GPU](../figures/some-gpu-sdxl-stages.png)\\n" in path.read_text()
+    assert report.stale(checkout) == []
+
+
+def test_every_block_is_of_something_recorded_or_of_a_study_that_can_be():
+    asked = [found for page in report.PAGES for found in report.BLOCK.findall((report.ROOT / page).read_text().replace("\\n", "\n"))]
+    assert len(asked) > 10
+    for kind, study, _ in asked:
+        recorded = (report.ROOT / "figures" / "data" / f"{study}.json").exists()
+        assert recorded or study.partition("/")[2] in studies.STUDIES, f"{kind} {study}"
 
 
 def test_an_unknown_block_is_refused(checkout):

@@ -1,17 +1,18 @@
+import fcntl
 import json
 import lzma
 import os
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from made_up import peers_result, result
 
 from sdopt import report, results, tables
-from sdopt.bench import process, searches, walk
-from sdopt.bench.row import Recipe
+from sdopt.bench import claims, process, searches, walk
+from sdopt.bench.row import Job, Recipe
 from sdopt.errors import UserError
 
 SEARCHING = Recipe("compile_max_autotune", "search", (), compiled=True, searches=True)
@@ -19,8 +20,9 @@ PLAIN = Recipe("compile_reduce_overhead", "no search", (), compiled=True)
 TUNED = {"XBLOCK": 4, "num_warps": 16, "found_by_coordesc": True}
 
 
-def job(folder, recipe=SEARCHING):
-    return SimpleNamespace(model="sd15", cache=folder / "cache", recipe=recipe)
+def job(folder, recipe=SEARCHING, device="cpu"):
+    shared = {key: None for key in ("weights", "height", "width", "steps", "guidance_scale", "scheduler")}
+    return Job(recipe, model="sd15", device=device, prompts=(), seeds=(), cache=folder / "cache", **shared)
 
 
 def inductor_with(folder, **files):
@@ -90,7 +92,8 @@ def compile_for_long(state, tell, job):
     tell("preparing")
     time.sleep(0.3)
     tell("first call, which compiles")
-    time.sleep(1.0)
+    while (job.cache / "stuck").exists():
+        time.sleep(0.1)
     return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}}
 
 
@@ -100,10 +103,12 @@ def test_a_compilation_that_was_stopped_goes_on_with_its_seconds_counted_in(tmp_
     cold = lambda limit_s: walk.cold(fresh, job(tmp_path), lambda phase: None, limit_s)
     with process.Fresh(process.context("cpu"), ahead=False) as fresh:
         fresh.take().close()  # the server's imports are not what the limit is about
+        results.write_whole(tmp_path / "cache" / "stuck", b"")
         with pytest.raises(process.RowFailed, match="stopped after"):
-            cold(1.0)
+            cold(4.0)
         spent = searches.begin(job(tmp_path))["spent_s"]
-        assert 0 < spent < 0.8, "the seconds before the call are none of its"
+        assert 0 < spent < 3.8, "the seconds before the call are none of its"
+        (tmp_path / "cache" / "stuck").unlink()
         first = cold(60.0)
         assert first == {"cold_s": spent + 90, "compiled": 2, "found": 0, "before_s": spent}
         again = cold(60.0)  # where the compiled graphs are gone, and the search's finds are not
@@ -117,12 +122,100 @@ def test_without_an_earlier_attempt_a_first_call_is_what_was_measured(tmp_path, 
     assert first == {"cold_s": 90.0, "compiled": 2, "found": 0}
 
 
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """Inductor's tuners of six kernels: a search times three candidates, for 50 ms each, and says which kernel it was."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    def search(tuner, launcher):
+        for candidate in "abc":
+            tuner.bench(candidate)
+        return f"{launcher}, searched"
+
+    monkeypatch.setattr(CachingAutotuner, "_coordinate_descent_tuning", search)
+    monkeypatch.setattr(CachingAutotuner, "bench", lambda tuner, candidate: time.sleep(0.05))
+    tuners = [CachingAutotuner.__new__(CachingAutotuner) for _ in range(6)]
+    for n, tuner in enumerate(tuners):
+        tuner.filename = f"/somewhere/c{n}.py"
+    claims.begin(tmp_path)
+    return tuners
+
+
+def test_a_search_left_for_later_leaves_kernels_as_they_are_and_counts_them(kernels, tmp_path):
+    with claims.applied(claims.LATER, tmp_path) as left:
+        assert [k._coordinate_descent_tuning("as it was") for k in (*kernels, *kernels)] == ["as it was"] * 12
+    assert len(left) == 6
+    assert kernels[0]._coordinate_descent_tuning("it") == "it, searched", "afterwards all is as before"
+
+
+def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, tmp_path):
+    with claims.applied(claims.SHARED, tmp_path):
+        assert kernels[0]._coordinate_descent_tuning("it") == "it, searched"
+        assert kernels[0]._coordinate_descent_tuning("it") == "it", "another has it"
+        with open(tmp_path / "claims" / "gpu.lock", "a") as gpu:
+            fcntl.flock(gpu, fcntl.LOCK_EX)
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(kernels[1]._coordinate_descent_tuning, "it")
+                time.sleep(0.5)
+                assert not waiting.done(), "somebody else times"
+                fcntl.flock(gpu, fcntl.LOCK_UN)
+    assert waiting.result() == "it, searched"
+    assert len(claims.seconds(tmp_path)) == 2
+    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(tmp_path)), "without the waiting"
+
+
+def search_for_long(state, tell, job):
+    """A first call of which four kernels are to be searched, 0.2 s each."""
+    tell("first call, which compiles")
+    if job.search == claims.LATER:
+        return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 4, "processes": 2}
+    assert job.search == claims.SHARED
+    for kernel in range(4):
+        mark = job.cache / "claims" / f"c{kernel}"
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        time.sleep(0.2)
+        results.write_whole(mark.with_suffix(claims.SECONDS), b"100.0")
+    return {}
+
+
+def test_a_search_on_a_gpu_is_shared_and_its_seconds_are_added_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", search_for_long)
+    monkeypatch.setattr(process, "LOOK_S", 0.5)
+    told = []
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        first = walk.cold(fresh, job(tmp_path, device="cuda"), told.append, 60.0)
+        assert first == {"cold_s": 490.0, "compiled": 2, "found": 0, "shared_s": 400.0}
+        again = walk.cold(fresh, job(tmp_path, device="cuda"), told.append, 60.0)
+    assert again["cold_s"] == again["before_s"] == 490.0
+    assert any("2 processes search" in phase and "of 4 kernels done" in phase for phase in told)
+
+
+def test_a_shared_search_that_was_stopped_has_its_seconds_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", search_for_long)
+    monkeypatch.setattr(process, "LOOK_S", 0.5)
+
+    def stop(phase):
+        if " 2 of 4" in phase or " 3 of 4" in phase:
+            raise KeyboardInterrupt
+
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        with pytest.raises(KeyboardInterrupt):
+            walk.cold(fresh, job(tmp_path, device="cuda"), stop, 60.0)
+    kept = searches.begin(job(tmp_path))
+    assert not kept["finished"] and kept["spent_s"] >= 90 + 100
+
+
 def test_a_table_says_which_seconds_are_of_an_earlier_process():
     made = peers_result()
     row = next(row for row in made["rows"] if row["id"] == "tutorial_recipe")
     row["first_calls"] = {"cold_s": 1240.0, "warm_s": 50.0, "compiled": 2, "found": 0, "before_s": 1035.0}
     assert any("counted in: tutorial_recipe 1035 s of 1240 s" in said.replace(",", "") for said in tables.remarks(made))
-    del row["first_calls"]["before_s"]
+    row["first_calls"]["shared_s"] = row["first_calls"].pop("before_s")
+    assert any("counted in: tutorial_recipe 1035 s of 1240 s" in said.replace(",", "") for said in tables.remarks(made))
+    del row["first_calls"]["shared_s"]
     assert not any("counted in" in said for said in tables.remarks(made))
 
 
@@ -138,30 +231,54 @@ def test_a_study_takes_its_searches_along(tmp_path):
 
 
 SEARCH = """
+import sys
+from pathlib import Path
+
 import torch
 from torch._dynamo.utils import counters
 from sdopt import compilation
+from sdopt.bench import claims
 
 model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn.LayerNorm(512)).cuda().bfloat16()
 options = compilation.mode_options("max-autotune") | compilation.SEARCH
-with torch.no_grad():
+with torch.no_grad(), claims.applied(sys.argv[1], Path(sys.argv[2])) as left:
     torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
-print(counters["inductor"]["coordesc_tuning_bench"])
+print(len(left), counters["inductor"]["coordesc_tuning_bench"])
 """
+
+
+def searching(folder, how):
+    """A process that compiles a small model for the GPU, to be asked for (kernels left out, candidates timed)."""
+    cache = folder / "cache"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    command = [sys.executable, "-c", SEARCH, how, str(cache)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def counted(searcher):
+    said, _ = searcher.communicate(timeout=300)
+    assert searcher.returncode == 0
+    return tuple(int(word) for word in said.split()[-2:])
 
 
 @pytest.mark.gpu
 def test_gpu_what_was_found_is_not_searched_for_again(tmp_path):
-    def searched(folder):
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor")}
-        done = subprocess.run([sys.executable, "-c", SEARCH], env=environment, capture_output=True, text=True, check=True)
-        return int(done.stdout.split()[-1])
-
     here, there = tmp_path / "here", tmp_path / "there"
-    assert searched(here) > 0
+    assert counted(searching(here, claims.ALONE))[1] > 0
     searches.keep(job(here), 1.0, finished=True)
     (there / "cache").mkdir(parents=True)
     name = f"sd15{results.SEARCHES}"
     (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
     searches.begin(job(there))
-    assert searched(there) == 0
+    assert counted(searching(there, claims.ALONE))[1] == 0
+
+
+@pytest.mark.gpu
+def test_gpu_a_search_is_shared_and_then_done(tmp_path):
+    left, timed = counted(searching(tmp_path, claims.LATER))
+    assert left > 0 and timed == 0
+    claims.begin(tmp_path / "cache")
+    two = [searching(tmp_path, claims.SHARED) for _ in range(2)]
+    assert sum(counted(one)[1] for one in two) > 0
+    assert len(claims.seconds(tmp_path / "cache")) == left
+    assert counted(searching(tmp_path, claims.LATER)) == (0, 0)

@@ -110,7 +110,7 @@ def test_a_dry_run_knows_what_is_done_and_what_would_be_refused(capsys, tmp_path
         (["sd3-path"], "unknown study 'sd3-path': choose one of pocket-path, sd15-path"),
         (["pocket-path", "--only", "fp4"], "unknown row 'fp4': choose from baseline_fp32"),
         (["pocket-path", "--runs", "0"], "--runs 0 is too few"),
-        (["sdxl-throughput", "--batch", "8"], "each row of sdxl-throughput has a batch of its own"),
+        (["sdxl-throughput", "--batch", "8"], "--batch is not for sdxl-throughput"),
         (["pocket-path", "--limit", "soon"], "invalid float value: 'soon'"),
         (["pocket-path", "--limit", "-1"], "--limit -1 is no time a call may take"),
         (["pocket-path", "--limit", "nan"], "--limit nan is no time a call may take"),

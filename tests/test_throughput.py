@@ -67,7 +67,7 @@ def test_rows_have_rates_and_a_row_that_fails_is_told(tmp_path, monkeypatch):
     assert one["flops_a_picture"] == three["flops_a_picture"] > 0
     assert none["status"].startswith("failed: ") and "rate" not in none
     text = tables.text(result)
-    assert "images/s" in text and "failed: " in text and "a batch a row" in text and "of fp8's" not in text
+    assert "images/s" in text and "failed: " in text and "batch 1 to 3" in text and "of fp8's" not in text
     assert throughput.by_batch(shared, rows, "cpu", tmp_path, study="pocket-throughput")["rows"] == result["rows"], "all done"
 
 

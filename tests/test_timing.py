@@ -63,6 +63,14 @@ def test_stages_of_a_compiled_pipeline_compile_nothing(sdxl, fresh_compiler):
     assert graphs(lambda: draw(sdxl)).compiled == 0
 
 
+def test_one_call_with_a_pause_in_it_does_not_show_in_the_stages(sdxl):
+    pauses = iter([0.0, 1.0, 0.0])
+    encoded = sdxl.text_encoder.register_forward_hook(lambda *_: time.sleep(next(pauses)))
+    ms = stages(sdxl, lambda: draw(sdxl, prompt="a", negative_prompt=None, guidance_scale=1.0), calls=3)
+    encoded.remove()
+    assert next(pauses, None) is None and ms["text_encoder"] < 1000
+
+
 def test_stages_are_restored_when_the_call_fails(sdxl):
     with pytest.raises(ZeroDivisionError):
         stages(sdxl, lambda: 1 / 0)

@@ -30,10 +30,12 @@ IMAGES = (
     (2, 2560, 32, 32),
     (1, 256, 512, 512),
 )
+LOWER = ((2, 640, 32, 32), (2, 1280, 16, 16))  # SD 1.5's lower levels: a program keeps a group
 TOKENS = ((8192, 640), (2048, 1280))
 SMALL = ((2, 1280, 32, 32), (2, 640, 64, 64), (1, 512, 256, 256), (1, 256, 512, 512))  # images that are doubled
 FUSIONS = (
     *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
+    *((group_norm, shape) for shape in LOWER),
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
     *((prompt_attention, (2, tokens // 2, channels)) for tokens, channels in TOKENS),

@@ -70,25 +70,34 @@ def real(state, tell, device, pictures, shelf):
 
 
 def measure(state, tell, job, pictures, shelf):
-    """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does.
+    """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does."""
+    numbers, call = timed(state, tell, job)
+    tell(PICTURES)
+    start = time.perf_counter()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        judged = judge(state["pipe"], job, pictures, shelf, call)
+    numbers["took_s"]["pictures"] = time.perf_counter() - start
+    return numbers, *judged
 
-    Graphs are compiled for the size that is timed and for that of the many pictures as such, not for any size.
+
+def timed(state, tell, job, settling=None):
+    """After `begin`: time the row of `job`; returns its numbers and the keywords of its call.
+
+    Graphs are compiled for each size as such, not for any size. `settling` as in `drawing.measure`.
     """
     recipe, pipe = job.recipe, state["pipe"]
     call = sampling(pipe, state["scheduler"], recipe)
-    seen, start = {}, time.perf_counter()
+    seen, before, start = {}, compilation.graphs_so_far(), time.perf_counter()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), **call)
-        took = {"timing": time.perf_counter() - start}
-        tell(PICTURES)
-        start = time.perf_counter()
-        judged = judge(pipe, job, pictures, shelf, call)
-        took["pictures"] = time.perf_counter() - start
+        numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), settling, **call)
+    took = {"timing": time.perf_counter() - start}
     numbers |= {"as_run": as_run(pipe) | {"peak_memory_of": numbers.pop("peak_memory_of")}, "took_s": took}
     numbers |= {"warm_from": state["drawn"]} if state["drawn"] else {}  # its first call found all of that row's kernels
-    numbers |= ({"gpu": seen} if seen else {}) | ({"graphs": compilation.graphs_so_far()} if recipe.compiles else {})
+    numbers |= {"gpu": seen} if seen else {}
+    if recipe.compiles:
+        numbers["graphs"] = {key: n - before[key] for key, n in compilation.graphs_so_far().items()}
     state["drawn"] = state["drawn"] or recipe.id
-    return numbers, *judged
+    return numbers, call
 
 
 def sampling(pipe, own, recipe):

@@ -26,6 +26,7 @@ from sdopt import (
     quality,
     quantization,
     results,
+    roofline,
     schedulers,
 )
 from sdopt.errors import UserError, exit_code
@@ -75,17 +76,9 @@ def products(device, sizes=PRODUCTS):
     """Square matrix products in each number format, as TFLOP/s (int8: the same count of whole-number operations)."""
     found = []
     for size in sizes:
-        a, b = torch.randn(2, size, size, device=device)
-        half = precision.half_dtype(device)
-        c, d = a.to(half), b.to(half)
-        e, f = _whole_numbers(a), _whole_numbers(b)
-        ways = {"float32": (lambda: a @ b, "nowhere"), "TF32": (lambda: a @ b, "everywhere")}
-        ways |= {str(half)[6:]: (lambda: c @ d, "nowhere"), "int8": (lambda: torch._int_mm(e, f.T), "nowhere")}
-        for name, (call, tf32) in ways.items():
-            precision.set_tf32(tf32)
-            seconds = kernel_seconds(call, device, repeats=5)
+        for name in ("float32", "TF32", str(precision.half_dtype(device))[6:], "int8"):
+            seconds = roofline.product_seconds(name, size, device, repeats=5, rounds=15)
             found.append({"size": size, "format": name, "seconds": seconds, "tflops": 2 * size**3 / seconds / 1e12})
-        precision.set_tf32("convolutions")
     return found
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from sdopt import attention, compilation, engine, quantization
+from sdopt import attention, compilation, engine, precision, quantization
 from sdopt.errors import UserError
 
 # The flags of diffusers' tutorial, all of them but use_mixed_mm, which Inductor ignores today.
@@ -21,9 +21,21 @@ def stock_compile(mode):
 def _stock_compile(mode, pipe):
     compilation.channels_last(pipe)
     compilation.start_at_step_zero(pipe)
+    compilation.quieten()
     options = compilation.mode_options(mode)  # as mode=mode, which takes no options beside it
     pipe.unet.compile(fullgraph=True, options=options)
     pipe.vae.decoder.compile(fullgraph=True, options=options)
+    return pipe
+
+
+def regional(pipe):
+    """diffusers' regional compilation: the UNet's transformer blocks, one graph for all that are alike; no other flag.
+
+    Source: https://huggingface.co/docs/diffusers/optimization/fp16#regional-compilation.
+    """
+    compilation.channels_last(pipe)
+    compilation.start_at_step_zero(pipe)
+    pipe.unet.compile_repeated_blocks(fullgraph=True)
     return pipe
 
 
@@ -41,6 +53,12 @@ def tutorial(pipe):
     pipe.unet.compile(fullgraph=True, options=options)
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, options=options)
     return pipe
+
+
+def hpml(pipe):
+    """The HPML project's engineering: TF32 for what is in fp32, channels_last, max-autotune of UNet and VAE decoder."""
+    precision.set_tf32("everywhere")
+    return _stock_compile("max-autotune", pipe)
 
 
 def on_engine(pipe, **settings):

@@ -25,7 +25,7 @@ from sdopt import (
     schedulers,
     timing,
 )
-from sdopt.bench import sensors
+from sdopt.bench import claims, sensors
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
@@ -67,6 +67,7 @@ class Job:
     prompts: tuple[tuple[str, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
     cache: Path | None = None  # the folder of the compiler's cache, None: PyTorch's own
+    search: str = claims.ALONE  # how the compiler searches
 
     @property
     def artifacts(self):
@@ -76,6 +77,11 @@ class Job:
 
 def prepare(job, tell):
     """The pipeline of `job`, ready to draw, and its call's keywords; the first it tells is that the model has loaded."""
+    return apply(load(job, tell), job.recipe)
+
+
+def load(job, tell):
+    """The pipeline of `job` as it is before its first step, in a process that is set up as all of them are."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     # In every row alike, as someone who wants speed would have it: cuDNN times its kernels for a convolution and keeps the
@@ -87,10 +93,15 @@ def prepare(job, tell):
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
     tell("preparing")
+    return pipe
+
+
+def apply(pipe, recipe):
+    """The pipeline with what `recipe` does to it, and its call's keywords. Raises RowFailed with the reason it cannot."""
     try:
-        pipe, call_kwargs = path.prepare(pipe, job.recipe.steps, **job.recipe.options)
-        if job.recipe.apply:
-            pipe = job.recipe.apply(pipe)
+        pipe, call_kwargs = path.prepare(pipe, recipe.steps, **recipe.options)
+        if recipe.apply:
+            pipe = recipe.apply(pipe)
     except UserError as error:  # this recipe cannot be applied here; the others may
         raise RowFailed(str(error)) from error
     return pipe, call_kwargs
@@ -100,17 +111,22 @@ def first_call(state, tell, job):
     """Load, prepare, draw once; `state` keeps what can draw.
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
-    pipeline to its first picture.
+    pipeline to its first picture. Where the search is for LATER, nothing is exported yet, and there are "left", how many
+    kernels it left out, and "processes", how many could search them.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
     took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
-    seconds = timing.seconds_of(state["draw"], job.device)
+    with claims.applied(job.search, job.cache) as left:
+        seconds = timing.seconds_of(state["draw"], job.device)
+    first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    if job.search == claims.LATER:
+        return first | {"left": len(left), "processes": claims.processes()}
     tell(KEEPING)
-    _keep_artifacts(job)
-    return {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    keep_artifacts(job)
+    return first
 
 
 def settle(state, tell):
@@ -144,7 +160,8 @@ def finish(state, tell, job):
     pipe = state["pipe"]
     memory, memory_of, counted = timing.peak_memory(pipe.device.type == "cuda")
     counted.pop("device", None)  # the others' as well
-    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]))
+    calls = timing.STAGE_CALLS if pipe.device.type == "cuda" else 1
+    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]), calls)
     numbers = {"peak_memory_bytes": memory, "stages_ms": stages} | ({"memory_bytes": counted} if counted else {})
     return numbers | how_it_ran(pipe, job, state["call"], memory_of)
 
@@ -163,7 +180,7 @@ def measure(state, tell, job):
     )
     memory_of = numbers.pop("peak_memory_of")
     tell(PROFILING)
-    _keep_artifacts(job)
+    keep_artifacts(job)
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
     numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
     return numbers, [[np.asarray(image) for image in images] for images in pictures]
@@ -244,7 +261,7 @@ def _load_artifacts(job):
             raise UserError(f"{job.artifacts} is damaged: delete it, and what it held is compiled anew") from error
 
 
-def _keep_artifacts(job):
+def keep_artifacts(job):
     """Export what this process compiled, or found where no export is."""
     if job.artifacts and (compilation.graphs_so_far()["compiled"] or not job.artifacts.exists()):
         saved = torch.compiler.save_cache_artifacts()

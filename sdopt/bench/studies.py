@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 
 from sdopt import models, path, quantization, results
-from sdopt.bench import recipes, sweeps
+from sdopt.bench import grids, recipes, sweeps
+from sdopt.bench.grids import EAGER, LOAD_S
 from sdopt.bench.row import Recipe
 from sdopt.bench.sweeps import NINE
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
 
-EAGER = ("bf16", "sdpa")
 NEEDED_BYTES = 64 * 2**20
-LOAD_S = 15.0  # of an estimate: a process, its imports and the weights
 GATE_STEPS = 5
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -24,7 +23,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 @dataclass(frozen=True)
 class Study:
     """`kind` "path": each row in a fresh process; "peers": all rows side by side, a picture each in turn; "quality": rows
-    that share a pipeline in one process, each timed and then judged by `pictures` of it; "throughput": each row in a fresh
+    that share a pipeline in one process, each timed and then judged by `pictures` of it; "shared": the same, timed alone;
+    "stages": each row in a fresh process, each of its stages predicted before it is timed; "throughput": each row in a fresh
     process, with a batch of its own.
     """
 
@@ -49,6 +49,18 @@ STUDIES = {
         Study("pocket-engine", "peers", "pocket", "shipped", 15),
         Study("sd15-engine", "peers", "sd15", "random", 15),
         Study("sdxl-engine", "peers", "sdxl", "random", 9),
+        Study("pocket-stages", "stages", "pocket", "shipped", 5),
+        Study("sd15-stages", "stages", "sd15", "random", 5),
+        Study("sdxl-stages", "stages", "sdxl", "random", 5),
+        Study("pocket-break-even", "peers", "pocket", "shipped", 9),
+        Study("sd15-break-even", "peers", "sd15", "random", 9),
+        Study("sdxl-break-even", "peers", "sdxl", "random", 9),
+        Study("pocket-batches", "shared", "pocket", "shipped", 9),
+        Study("sd15-batches", "shared", "sd15", "random", 9, steps=35),  # x-stable-diffusion's work
+        Study("sdxl-batches", "shared", "sdxl", "random", 5),
+        Study("sd15-hpml", "shared", "sd15", "random", 9),
+        Study("pocket-attribution", "shared", "pocket", "shipped", 5),
+        Study("sdxl-attribution", "shared", "sdxl", "random", 5),
         Study("pocket-quality", "quality", "pocket", "shipped", 9, pictures=2560),
         Study("sdxl-throughput", "throughput", "sdxl", "random", 3, steps=20, guidance_scale=8.0),  # MLPerf Inference's work
         Study("pocket-gate", "quality", "pocket", "shipped", 3, steps=GATE_STEPS, pictures=24),
@@ -102,12 +114,16 @@ def rows_of(study, device, steps):
     """All rows of a study, in the order they are measured."""
     if study.kind == "quality":
         return sweeps.gate_rows(steps) if study.name.endswith("-gate") else sweeps.rows(device, steps)
+    if study.kind == "shared":
+        return grids.ROWS[study.name.partition("-")[2]](device, steps)
     options = {"cutoff": 0.4, "steps": steps}
+    whole = Recipe("whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine)
     if study.name.endswith("-engine"):
-        whole = Recipe(
-            "whole_path_engine", "the whole path, on the engine", ON_ENGINE, options, apply=recipes.on_engine
-        )
         return [nine(steps)[0], *PEERS, ENGINE, whole, *_fp8(study, device, options)]
+    if study.name.endswith("-break-even"):
+        return [*(row for row in PEERS if row.id in FIRST_CALLS), REGIONAL, ENGINE]
+    if study.kind == "stages":
+        return [*nine(steps), *((ENGINE, whole) if str(device).startswith("cuda") else ())]
     if study.kind == "throughput":
         return throughput(device)
     if study.kind == "peers":
@@ -201,6 +217,8 @@ BASELINES = [
     Recipe("baseline_tf32", "fp32, TF32 everywhere", NINE[:1], {"tf32": "everywhere"}, settings={"tf32": "everywhere"}),
     Recipe("baseline_strict", "fp32, TF32 nowhere", NINE[:1], {"tf32": "nowhere"}, settings={"tf32": "nowhere"}),
 ]
+REGIONAL = Recipe("compile_regional", "bf16, diffusers' regional compilation", EAGER, apply=recipes.regional, compiled=True)
+FIRST_CALLS = ("eager_bf16", "compile_reduce_overhead", "compile_max_autotune")  # peers whose first calls are weighed
 PEERS = [
     Recipe("eager_fp16", "fp16, eager", EAGER, {"dtype": torch.float16}),
     Recipe("eager_bf16", "bf16, eager", EAGER),

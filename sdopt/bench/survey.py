@@ -14,12 +14,11 @@ How long `pocket-quality` takes on an H200, reckoned before its first run, of 78
 Together 24 minutes, of which the 15 s a graph are the least known. `took_s` of each row says what it was.
 """
 
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from sdopt import records
-from sdopt.bench import gallery, process
+from sdopt.bench import gallery, process, sharing
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.sweeps import REFERENCE
@@ -43,9 +42,13 @@ def survey(
         ledger = Ledger(out / f"{study}.json", about, [row.id for row in every], True, retry)
         todo = _todo(ledger, rows, every, shelf)
         done = max(0, len(rows) - len(todo))
+        begin = lambda worker, job, **how: _begin(worker, job, shared["pictures"], shelf, **how)
+        measure = lambda worker, job, **how: worker.call(gallery.measure, job, shared["pictures"], shelf, **how)
+        put = lambda job, answer: _put(ledger, job, shared, *answer)
         for _, group in groupby(todo, key=lambda row: row.pipeline):
             jobs = [job_of(row, shared, judge, device, out / "cache") for row in group]
-            _together(ledger, fresh, jobs, shared, shelf, lambda k, text, done=done: progress(done + k, text), limit_s)
+            tell = lambda k, text, done=done: progress(done + k, text)
+            sharing.together(ledger, fresh, jobs, begin, measure, put, tell, limit_s)
             done += len(jobs)
     return ledger.result
 
@@ -62,46 +65,10 @@ def _lost(ledger, i):
     return ledger.row(i).get("status") == "ok" and not _record(ledger, i).exists()
 
 
-def _together(ledger, fresh, jobs, shared, shelf, progress, limit_s):
-    """Measure the rows of one pipeline in one process; after a row that fails, in a new one."""
-    worker = None
-    try:
-        for k, job in enumerate(jobs):
-            tell = partial(_told, fresh, progress, k, job.recipe.id, job is jobs[-1])
-            took = {}
-            if worker is None:
-                worker = fresh.take()
-                try:
-                    took["load"] = _begin(worker, job, shared["pictures"], shelf, on_phase=tell, limit_s=limit_s)
-                except process.RowFailed as failure:  # as it would for the other rows
-                    ledger.put(*(_failed(ledger, left.recipe, failure) for left in jobs[k:]))
-                    return
-            try:
-                numbers, *seen = worker.call(
-                    gallery.measure, job, shared["pictures"], shelf, on_phase=tell, limit_s=limit_s
-                )
-            except process.RowFailed as failure:
-                ledger.put(_failed(ledger, job.recipe, failure))
-                worker.stop()
-                worker = None
-                continue
-            numbers["took_s"] = took | numbers["took_s"]
-            _put(ledger, job, shared, numbers, *seen)
-        if worker:
-            worker.close()
-    finally:
-        if worker:
-            worker.stop()
-
-
 def _begin(worker, job, pictures, shelf, **how):
     if pictures >= gallery.ENOUGH and not shelf.real.exists():
         worker.call(gallery.real, job.device, pictures, shelf, **how)
     return worker.call(gallery.begin, job, **how)
-
-
-def _failed(ledger, recipe, failure):
-    return ledger.begun(recipe) | {"status": f"failed: {failure}"}
 
 
 def _put(ledger, job, shared, numbers, record, distance):
@@ -117,12 +84,6 @@ def _put(ledger, job, shared, numbers, record, distance):
         "status": "ok",
     }
     ledger.put(ledger.begun(recipe) | numbers | more)
-
-
-def _told(fresh, progress, k, i, last, phase):
-    if last and phase == gallery.PICTURES:
-        fresh.start_next()
-    progress(k, f"{i}: {phase}")
 
 
 def _record(ledger, i):

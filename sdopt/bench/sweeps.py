@@ -87,8 +87,8 @@ def _upon(i, steps):
     """Step `i` with all that come before it."""
     n = path.NUMBERS[i]
     kept = tuple(step for step in NINE[:n] if step not in CALLS)
-    sampling = {key: value for step in CALLS if step in NINE[:n] for key, value in _sampling(step, steps).items()}
-    return Sampled(i, path.STEPS[n - 1].title, kept, pipeline=kept[-1], **sampling)
+    sampled = {key: value for step in CALLS if step in NINE[:n] for key, value in sampling(step, steps).items()}
+    return Sampled(i, path.STEPS[n - 1].title, kept, pipeline=kept[-1], **sampled)
 
 
 def _alone(i, steps):
@@ -96,12 +96,13 @@ def _alone(i, steps):
     label = f"{path.STEPS[path.NUMBERS[i] - 1].title}, alone"
     more = {"pipeline": f"{i}_alone", "family": "alone"}
     if i in CALLS:
-        return Sampled(f"{i}_alone", label, NINE[:1], **more | {"pipeline": REFERENCE} | _sampling(i, steps))
+        return Sampled(f"{i}_alone", label, NINE[:1], **more | {"pipeline": REFERENCE} | sampling(i, steps))
     anyway = {"int8_anyway": True} if i == "int8" else {}
     return Sampled(f"{i}_alone", label, (REFERENCE, i), anyway, settings=anyway, **more)
 
 
-def _sampling(i, steps):
+def sampling(i, steps):
+    """How is sampled with step `i`, one of CALLS, where the study's own number of steps is `steps`."""
     return {"scheduler": "dpm", "num_steps": min(20, steps)} if i == "dpm_20" else {"stop": CUT}
 
 

@@ -2,6 +2,8 @@
 
 import io
 import time
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdopt import compilation, path, results
-from sdopt.bench import notes, process, searches
+from sdopt.bench import claims, notes, process, searches
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import FIRST_CALL, Job, Recipe, first_call, measure
@@ -85,9 +87,11 @@ def job_of(recipe, shared, judge, device, cache=None):
 def cold(fresh, job, tell, limit_s):
     """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
 
-    Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its.
+    Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its. On a GPU
+    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up.
     """
     known, began = searches.begin(job), []
+    alone = not job.recipe.searches or job.device == "cpu"
 
     def told(phase):
         if phase.startswith(FIRST_CALL):
@@ -98,12 +102,39 @@ def cold(fresh, job, tell, limit_s):
         if began:
             searches.keep(job, known["spent_s"] + time.monotonic() - began[0])
 
-    first = fresh.call(first_call, job, on_phase=told, meanwhile=note, limit_s=limit_s)
-    before, own = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0
-    seconds = before if known["finished"] else before + own
-    if own:
+    first_job = job if alone else replace(job, search=claims.LATER)
+    first = fresh.call(first_call, first_job, on_phase=told, meanwhile=note, limit_s=limit_s)
+    before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
+    if first.get("left"):
+        keep = lambda seconds: searches.keep(job, before + own + seconds)
+        shared = _search_together(fresh, job, first["processes"], first["left"], tell, keep, limit_s)
+    seconds = before if known["finished"] else before + own + shared
+    if own or shared:
         searches.keep(job, seconds, finished=True)
-    return {"cold_s": seconds or None} | first["graphs"] | ({"before_s": before} if before else {})
+    parts = {"before_s": before, "shared_s": 0.0 if known["finished"] else shared}
+    return {"cold_s": seconds or None} | first["graphs"] | {name: s for name, s in parts.items() if s}
+
+
+def _search_together(fresh, job, processes, left, tell, keep, limit_s):
+    """Let so many `processes` search the `left` kernels of a job that has been compiled; returns their seconds, added up.
+
+    `keep(seconds)` is called now and then with those so far. A process that fails leaves its kernel unsearched, and the next
+    first call searches it.
+    """
+    claims.begin(job.cache)
+    spent = lambda: claims.seconds(job.cache)
+    workers = [fresh.take() for _ in range(processes)]
+    search = lambda worker: worker.call(first_call, replace(job, search=claims.SHARED), limit_s=limit_s)
+    with ThreadPoolExecutor(processes) as pool:
+        calls = [pool.submit(search, worker) for worker in workers]
+        try:
+            while futures.wait(calls, process.LOOK_S / 10).not_done:
+                tell(f"{processes} processes search, {len(spent())} of {left} kernels done")
+                keep(sum(spent()))
+        finally:
+            for worker in workers:
+                worker.stop()
+    return sum(spent())
 
 
 def timed(row, numbers, job):

@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from sdopt.engine import state
+from sdopt.kernels import launch
 
 PATIENCE = 2  # captures in a row, before a decoder whose weights move again and again is left as it is
 
@@ -40,13 +41,14 @@ def capture(call, memory: Memory):
     """`call()` as a CUDA graph in the pool of `memory`: (a function that replays it, what it returns at each replay).
 
     What is returned lies in the pool, at the same place each time, where another graph of the pool may write: copy it
-    before the next replay of any. What `call` reads has to be kept alive by the caller. `call` runs once before, for
-    whatever is set up at a first call (kernels compiled, algorithms tried); on the same stream, since cuBLAS keeps some
-    32 MiB for every stream it has seen. Introduced in notebooks/12_cuda_graphs.
+    before the next replay of any. What `call` reads has to be kept alive by the caller. `call` runs twice before: with our
+    kernels compiled and not started, then for whatever else is set up at a first call (algorithms tried); on the same
+    stream, since cuBLAS keeps some 32 MiB for every stream it has seen. Introduced in notebooks/12_cuda_graphs.
     """
     memory.stream = memory.stream or torch.cuda.Stream()
     memory.stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(memory.stream):
+        launch.compile_ahead(call)
         call()
     torch.cuda.current_stream().wait_stream(memory.stream)
     graph = torch.cuda.CUDAGraph()

@@ -50,7 +50,9 @@ def add_layer_norm(
     rows, wide = x.numel() // channels, triton.next_power_of_2(channels)
     tall = max(1, min(4, 4096 // wide))
     if rows:
-        _add_layer_norm[(triton.cdiv(rows, tall),)](
+        launch.start(
+            _add_layer_norm,
+            (triton.cdiv(rows, tall),),
             *(x, x if residual is None else residual, added, values, scale, weight, bias, rows, channels, eps),
             *(tall, wide, residual is not None, scales is not None, isinstance(scales, str)),
             num_warps=4 if wide * tall <= 4096 else 8,

@@ -30,7 +30,7 @@ def bias_residual(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -
     out = torch.empty_like(x)
     rows = x.numel() // channels
     grid, tall, wide = launch.tiles(rows, channels)
-    _bias_residual[grid](x, bias, residual, out, rows, channels, tall, wide, num_warps=4)
+    launch.start(_bias_residual, grid, x, bias, residual, out, rows, channels, tall, wide, num_warps=4)
     return out
 
 

@@ -44,13 +44,15 @@ def geglu(x: torch.Tensor, scales: str | torch.Tensor | None = None) -> torch.Te
         wide = triton.next_power_of_2(half + 1) // 2
         rest = triton.next_power_of_2(half - wide) if half > wide else 0
         tall = max(1, min(4, 2048 // wide))
-        _geglu_rows[(triton.cdiv(rows, tall),)](
+        launch.start(
+            _geglu_rows,
+            (triton.cdiv(rows, tall),),
             x, *out, rows, half, tall, wide, rest, num_warps=8 if tall * wide > 2048 else 4
         )
         return out
     values, scale = (out, x) if scales is None else out
     grid, tall, wide = launch.tiles(rows, half)
-    _geglu[grid](x, values, scale, rows, half, tall, wide, scales is not None, num_warps=4)
+    launch.start(_geglu, grid, x, values, scale, rows, half, tall, wide, scales is not None, num_warps=4)
     return out
 
 

@@ -5,9 +5,10 @@
     out = y * sigmoid(y)                          (SiLU, unless left out)
 
 Bytes: x is read twice and `out` written once, 3 * numel * itemsize; with tensors larger than the GPU's cache nothing less
-is possible, since the last number of a group changes the first. Operations: about ten a number, so memory is the limit.
+is possible, since the last number of a group changes the first (groups that a program can keep are read once). Operations: about ten a number, so memory is the limit.
 
-Three kernels, since no program sees a whole group:
+A group of few numbers (WHOLE) is one program's, which reads x once and keeps it: one kernel, and nothing to wait for between
+several. Three kernels for the others, of which no program sees a whole group:
 1. moments: each program takes a part of the positions and a strip of channels, and leaves the mean and the squared
    deviations of every channel in it, both summed around the part's first position: what is summed is as small as the
    deviations, and one reading is enough. `shift` is the same at all positions, so it moves a channel's mean and nothing
@@ -30,6 +31,7 @@ CHANNELS = 64  # of a strip: 128 bytes of bfloat16, a cache line
 # Positions a tile, tiles a part, and the programs from which on it is the fastest choice: tried on an H200 (132
 # multiprocessors) at the sizes of SDXL and SD 1.5.
 TILES = ((32, 16, 900), (32, 4, 64), (16, 2, 0))
+WHOLE = 2**15  # numbers that one program keeps, each side of its tile rounded up to a power of two: 64 a thread at the most
 
 
 def group_norm(
@@ -60,21 +62,37 @@ def group_norm(
     shared = shift is None or shift.ndim == 1
     launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
     out = torch.empty_like(x)
+    size = channels // groups
+    wide, high = triton.next_power_of_2(size), triton.next_power_of_2(rows)
+    arguments = weight, bias, x if shift is None else shift
+    stride = 0 if shared else shift.stride(0)
+    if is_whole(x, groups):
+        launch.start(
+            _whole,
+            (groups, batch),
+            *(x, out, *arguments, rows, channels, stride, eps),
+            *(size, high, wide, shift is not None, silu),
+            num_warps=min(16, max(4, high * wide // 2**11)),
+        )
+        return out
     tall, turns = _part(batch, rows, channels)
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
     lines = torch.empty(2, batch, channels, device=x.device, dtype=torch.float32)
-    _moments[(parts, strips, batch)](x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
-    size = channels // groups
-    wide = triton.next_power_of_2(size)
-    _fold[(groups, batch)](
-        *(moments, moments[1], lines, lines[1], weight, bias, x if shift is None else shift),
-        *(rows, channels, parts, tall * turns, 0 if shared else shift.stride(0), eps, size),
+    launch.start(_moments, (parts, strips, batch), x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
+    launch.start(
+        _fold,
+        (groups, batch),
+        *(moments, moments[1], lines, lines[1], *arguments),
+        *(rows, channels, parts, tall * turns, stride, eps, size),
         *(max(16, 2048 // wide), wide, shift is not None),
         num_warps=4,
     )
-    _apply[(triton.cdiv(rows, tall), strips, batch)](
-        x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu, num_warps=4
+    launch.start(
+        _apply,
+        (triton.cdiv(rows, tall), strips, batch),
+        *(x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu),
+        num_warps=4,
     )
     return out
 
@@ -87,9 +105,15 @@ def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True):
     return torch.nn.functional.silu(y) if silu else y
 
 
-def bytes_moved(x: torch.Tensor, *_) -> int:
-    """Bytes that must come and go at the least: two reads and a write."""
-    return 3 * x.numel() * x.itemsize
+def bytes_moved(x: torch.Tensor, groups: int, *_) -> int:
+    """Bytes that come and go at the least: two reads and a write, or one read where one program keeps a group."""
+    return (2 if is_whole(x, groups) else 3) * x.numel() * x.itemsize
+
+
+def is_whole(x: torch.Tensor, groups: int) -> bool:
+    """Whether one program keeps all numbers of a group."""
+    size, rows = x.shape[1] // groups, x.shape[2] * x.shape[3]
+    return triton.next_power_of_2(size) * triton.next_power_of_2(rows) <= WHOLE
 
 
 def _part(batch, rows, channels):
@@ -98,6 +122,29 @@ def _part(batch, rows, channels):
     for tall, turns, enough in TILES:
         if programs(tall * turns) >= enough:
             return tall, turns
+
+
+@triton.jit(do_not_specialize=["rows", "shift_stride"])
+def _whole(
+    x, out, weight, bias, shift, rows, channels, shift_stride, eps,
+    SIZE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1)
+    k, position = tl.arange(0, WIDE), tl.arange(0, TALL)
+    channel, own = tl.program_id(0) * SIZE + k, k < SIZE
+    inside = (position < rows)[:, None] & own[None, :]
+    at = batch.to(tl.int64) * rows * channels + position[:, None] * channels + channel[None, :]
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if SHIFTED:
+        v += tl.load(shift + batch * shift_stride + channel, own, 0.0).to(tl.float32)[None, :]
+    count = rows * SIZE
+    off = v - tl.sum(tl.sum(tl.where(inside, v, 0.0), 0), 0) / count
+    variance = tl.sum(tl.sum(tl.where(inside, off * off, 0.0), 0), 0) / count
+    scale = tl.load(weight + channel, own, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    y = off * scale[None, :] + tl.load(bias + channel, own, 0.0).to(tl.float32)[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
 
 @triton.jit

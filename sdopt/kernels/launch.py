@@ -1,4 +1,8 @@
-"""What all kernels ask before they are launched."""
+"""How kernels are started, and what all of them ask before."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -7,6 +11,32 @@ from sdopt.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
+THREADS = 16
+_ahead = ContextVar("ahead", default=False)  # whether kernels are compiled and not started
+
+
+def start(kernel, grid: tuple[int, ...], *arguments, **settings):
+    """Start the programs of `grid`; compiled when its like has not been started before. See `compile_ahead`."""
+    if _ahead.get():
+        kernel.warmup(*arguments, grid=grid, **settings)
+    else:
+        kernel[grid](*arguments, **settings)
+
+
+def compile_ahead(call):
+    """Run `call()` with no kernel started, and compile those it would have started: many at once, not one after another.
+
+    One takes some 0.3 s. What `call` computes holds anything. Nothing happens where kernels are interpreted, or by a Triton
+    that has no AsyncCompileMode.
+    """
+    if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
+        return
+    token = _ahead.set(True)
+    try:
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
+            call()
+    finally:
+        _ahead.reset(token)
 
 
 def check(kernel: str, x: torch.Tensor, **others: torch.Tensor | None):

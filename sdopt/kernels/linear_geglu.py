@@ -47,7 +47,9 @@ def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
     tiles = TensorDescriptor.from_tensor
-    _linear_geglu[(triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),)](
+    launch.start(
+        _linear_geglu,
+        (triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(weight, [wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), rows, outputs, inputs),
         *(tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),

@@ -40,7 +40,9 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: i
             raise UserError(f"{NAME}: {name} is not [{batch}, {tokens}, {channels}] of {q.dtype} with contiguous rows")
     out = torch.empty_like(q)
     if out.numel():
-        _prompt_attention[(triton.cdiv(positions, QUERIES), heads, batch)](
+        launch.start(
+            _prompt_attention,
+            (triton.cdiv(positions, QUERIES), heads, batch),
             *(q, k, v, out, positions, tokens, channels, *k.stride()[:2], *v.stride()[:2], width**-0.5 * LOG2_E),
             *(QUERIES, _padded(tokens), _padded(width), width),
             launch.INTERPRETED or q.dtype is torch.float32,

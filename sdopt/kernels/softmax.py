@@ -28,7 +28,7 @@ def softmax(scores: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
     length = scores.shape[-1] if scores.ndim else 1
     if scores.numel():
         wide = min(WIDE, triton.next_power_of_2(length))
-        _softmax[(scores.numel() // length,)](scores, out, length, scale, wide, num_warps=8)
+        launch.start(_softmax, (scores.numel() // length,), scores, out, length, scale, wide, num_warps=8)
     return out
 
 

@@ -55,7 +55,9 @@ def to_float8(x: torch.Tensor, scales: str | torch.Tensor = "row", out: Scaled |
     rows, size = x.numel() // wide, triton.next_power_of_2(wide)
     tall = max(1, min(4, 4096 // size))
     if rows:
-        _to_float8[(triton.cdiv(rows, tall),)](
+        launch.start(
+            _to_float8,
+            (triton.cdiv(rows, tall),),
             x, *out, rows, wide, tall, size, isinstance(scales, str), num_warps=4 if size * tall <= 4096 else 8
         )
     return out

@@ -44,7 +44,7 @@ def upsample_conv(
     out = torch.empty(shape, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
     rows = out.numel() // outputs
     grid, tall, wide = launch.tiles(rows, outputs)
-    _interleave[grid](cases, bias, out, rows, 2 * height, 2 * width, outputs, tall, wide, num_warps=4)
+    launch.start(_interleave, grid, cases, bias, out, rows, 2 * height, 2 * width, outputs, tall, wide, num_warps=4)
     return out
 
 

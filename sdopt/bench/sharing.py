@@ -1,0 +1,110 @@
+"""A study whose rows share pipelines: those of one follow one another in one process, so that it is loaded and compiled once.
+
+The rows of `bench/grids.py` are timed as a path's are. They are not judged: their pictures are those of a path's steps.
+"""
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sdopt import drawing, engine
+from sdopt.bench import gallery, process
+from sdopt.bench.judge import Judge
+from sdopt.bench.ledger import Ledger, alone, head
+from sdopt.bench.walk import LIMIT_S, job_of
+
+SETTLING = {"num_inference_steps": 2}  # of calls that warm up: every shape is met, on both sides of a cutoff
+
+
+def share(shared, rows, device, out, progress=lambda done, text: None, every=None, retry=False, limit_s=LIMIT_S, study=None):
+    """Measure the rows `rows` with the `shared` settings; returns the result, written to `out` after every row.
+
+    `every`: all rows of the study, None: these. Rows that `out` has are kept (with `retry` those that failed are not). A
+    row that fails is recorded with its reason, and the rows after it go on in a new process.
+    Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
+    """
+    out, order = Path(out), [row.id for row in every or rows]
+    with alone(out), process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+        about = head(study, shared, device, Judge(shared).prompts, "bench")
+        ledger = Ledger(out / f"{study}.json", about, order, True, retry)
+        todo = [row for row in rows if not ledger.is_done(row.id)]
+        done = len(rows) - len(todo)
+        begin = lambda worker, job, **how: worker.call(gallery.begin, job, **how)
+        call = lambda worker, job, **how: worker.call(measure, job, **how)
+        put = lambda job, answer: ledger.put(_row(ledger, job.recipe, shared) | answer[0] | {"status": "ok"})
+        for pipeline in dict.fromkeys(row.pipeline for row in todo):
+            jobs = [_job(row, shared, device, out / "cache") for row in todo if row.pipeline == pipeline]
+            tell = lambda k, text, done=done: progress(done + k, text)
+            together(ledger, fresh, jobs, begin, call, put, tell, limit_s, lambda recipe: _row(ledger, recipe, shared))
+            done += len(jobs)
+    return ledger.result
+
+
+def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=None):
+    """Measure the rows of one pipeline in one process; after a row that fails, in a new one.
+
+    `begin(worker, job, **how)` loads the pipeline and answers the seconds it took; `measure(worker, job, **how)` answers a
+    tuple whose first is a row's numbers, with "took_s", and `put(job, answer)` writes them. `begun(recipe)` is a row
+    without numbers, to say why it failed in; None: the ledger's.
+    """
+    worker, begun = None, begun or ledger.begun
+    try:
+        for k, job in enumerate(jobs):
+            tell = partial(_told, fresh, progress, k, job.recipe.id, job is jobs[-1])
+            how, took = {"on_phase": tell, "limit_s": limit_s}, {}
+            if worker is None:
+                worker = fresh.take()
+                try:
+                    took["load"] = begin(worker, job, **how)
+                except process.RowFailed as failure:  # as it would for the other rows
+                    ledger.put(*(begun(left.recipe) | {"status": f"failed: {failure}"} for left in jobs[k:]))
+                    return
+            try:
+                answer = measure(worker, job, **how)
+            except process.RowFailed as failure:
+                ledger.put(begun(job.recipe) | {"status": f"failed: {failure}"})
+                worker.stop()
+                worker = None
+                continue
+            answer[0]["took_s"] = took | answer[0]["took_s"]
+            put(job, answer)
+        if worker:
+            fresh.start_next()
+            worker.close()
+    finally:
+        if worker:
+            worker.stop()
+
+
+def measure(state, tell, job):
+    """After `gallery.begin`: time the row of `job`; returns its numbers, in a tuple of their own."""
+    if job.recipe.renewed and state["drawn"]:
+        renew(state["pipe"], job.recipe)
+    return (gallery.timed(state, tell, job, SETTLING)[0],)
+
+
+def renew(pipe, recipe):
+    """Forget the graphs of the row before, so that a batch has the memory and the first call that it has alone."""
+    if drawing.is_compiled(pipe):
+        torch._dynamo.reset()
+    if engine.is_prepared(pipe):
+        recipe.apply(engine.restore(pipe))
+    gc.collect()
+
+
+def _told(fresh, progress, k, i, last, phase):
+    if last and phase == gallery.PICTURES:
+        fresh.start_next()
+    progress(k, f"{i}: {phase}")
+
+
+def _row(ledger, recipe, shared):
+    """What a row says whatever becomes of it: its settings, and what it is there for."""
+    return ledger.begun(recipe) | {"settings": recipe.differs(shared)} | recipe.told
+
+
+def _job(row, shared, device, cache):
+    own = shared | {"batch": row.batch or shared["batch"], "runs": row.runs(shared["runs"])}
+    return job_of(row, own, Judge(own), device, cache)
