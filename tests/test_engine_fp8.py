@@ -206,7 +206,8 @@ def test_gpu_a_t4_is_told_so(on_gpu, monkeypatch):  # noqa: F811
 @pytest.mark.gpu
 @pytest.mark.parametrize("scales", fp8.SCALES)
 def test_gpu_pictures_in_any_order(on_gpu, scales):  # noqa: F811
-    calls = [{"prompts": ("a red ball", "two green cones")[: 1 + n % 2], "side": (256, 192)[n // 2 % 2], "seed": n} for n in range(6)]
+    texts = ("a red ball", "two green cones")
+    calls = [{"prompts": texts[: 1 + n % 2], "side": (256, 192)[n // 2 % 2], "seed": n} for n in range(6)]
     eager = [gpu_draw(on_gpu, **call) for call in calls]
     engine.prepare(on_gpu, scales=scales, keep=4, **EVERY)
     ours = [gpu_draw(on_gpu, **call) for call in calls]
@@ -256,10 +257,9 @@ def test_gpu_the_unet_is_off_by_what_rounding_costs(on_gpu, scales):  # noqa: F8
     """RMS of a UNet call against float32 over eight inputs: more than in bfloat16, and no more than the format explains."""
     exact = copy.deepcopy(on_gpu.unet).float()
     torch.manual_seed(0)
-    inputs = [
-        (torch.randn(1, 4, 32, 32, device="cuda"), torch.tensor(t, device="cuda"), torch.randn(1, 48, exact.config.cross_attention_dim, device="cuda"))
-        for t in (950.0, 800.0, 650.0, 500.0, 350.0, 200.0, 100.0, 20.0)
-    ]
+    new, width = lambda *shape: torch.randn(shape, device="cuda"), exact.config.cross_attention_dim
+    times = torch.tensor((950.0, 800.0, 650.0, 500.0, 350.0, 200.0, 100.0, 20.0), device="cuda")
+    inputs = [(new(1, 4, 32, 32), t, new(1, 48, width)) for t in times]
     right = torch.cat([exact(*call).sample for call in inputs])
     half = lambda call: (call[0].bfloat16(), call[1], call[2].bfloat16())
 
@@ -278,7 +278,8 @@ def test_gpu_the_unet_is_off_by_what_rounding_costs(on_gpu, scales):  # noqa: F8
 def test_gpu_products_of_sdxls_sizes_with_an_outlier_channel(monkeypatch):
     """Fast accumulation, over up to 5120 products: no further off than three bits of each factor, typically."""
     torch.manual_seed(0)
-    for rows, inputs, outputs in ((2048, 1280, 3840), (2048, 5120, 1280), (8192, 640, 5120), (1024, 2560, 640), (77, 1280, 1280)):
+    sizes = ((2048, 1280, 3840), (2048, 5120, 1280), (8192, 640, 5120), (1024, 2560, 640), (77, 1280, 1280))
+    for rows, inputs, outputs in sizes:
         x = torch.randn(rows, inputs, device="cuda")
         x[:, 3] *= 100
         x, linear = x.bfloat16(), torch.nn.Linear(inputs, outputs).cuda().bfloat16()

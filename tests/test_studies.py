@@ -50,15 +50,15 @@ def test_a_peer_study_has_these_rows(monkeypatch):
 @pytest.mark.parametrize(("name", "layers"), [("sdxl-engine", "measured"), ("sd15-engine", "measured"), ("pocket-engine", "all")])
 def test_where_the_gpu_has_it_the_engines_studies_have_rows_in_fp8(name, layers, monkeypatch):
     monkeypatch.setattr(quantization, "has_fp8", lambda device: True)
-    *_, before, torchaos, engines, whole = studies.rows_of(studies.study(name), "cuda", 30)
-    assert [row.id for row in (before, torchaos, engines, whole)] == [
-        *("whole_path_engine", "torchao_fp8", "engine_fp8", "whole_path_engine_fp8")
+    *_, before, torchaos, engines, tensor, whole = studies.rows_of(studies.study(name), "cuda", 30)
+    assert [row.id for row in (before, torchaos, engines, tensor, whole)] == [
+        *("whole_path_engine", "torchao_fp8", "engine_fp8", "engine_fp8_tensor", "whole_path_engine_fp8")
     ]
     asked = []
     monkeypatch.setattr("sdopt.engine.prepare", lambda pipe, **settings: asked.append(settings))
-    for row in (engines, whole):
+    for row in (engines, whole, tensor):
         row.apply(None)
-    assert asked == [{"precision": "fp8", "filter": layers, "scales": "row"}] * 2
+    assert asked == [{"precision": "fp8", "filter": layers, "scales": scales} for scales in ("row", "row", "tensor")]
     assert torchaos.compiles and torchaos.steps == engines.steps == ("bf16", "sdpa") and whole.steps == before.steps
     quality = {row.id: row for row in studies.rows_of(studies.study("pocket-quality"), "cuda", 30)}
     assert quality["engine_fp8"].pipeline != quality["engine_fp8_tensor"].pipeline != quality["engine_bf16"].pipeline
@@ -110,6 +110,7 @@ def test_a_dry_run_knows_what_is_done_and_what_would_be_refused(capsys, tmp_path
         (["sd3-path"], "unknown study 'sd3-path': choose one of pocket-path, sd15-path"),
         (["pocket-path", "--only", "fp4"], "unknown row 'fp4': choose from baseline_fp32"),
         (["pocket-path", "--runs", "0"], "--runs 0 is too few"),
+        (["sdxl-throughput", "--batch", "8"], "--batch is not for sdxl-throughput"),
         (["pocket-path", "--limit", "soon"], "invalid float value: 'soon'"),
         (["pocket-path", "--limit", "-1"], "--limit -1 is no time a call may take"),
         (["pocket-path", "--limit", "nan"], "--limit nan is no time a call may take"),

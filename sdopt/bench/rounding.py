@@ -23,7 +23,7 @@ LAYERS = {
     "feed-forward 2": (4, 1, True, geglu),
     "output": (1, 1, True, None),
 }
-SIZES = sorted({(samples * positions, width) for levels in LEVELS.values() for positions, width in levels for samples in (1, 2)})
+SIZES = sorted({(n * positions, width) for levels in LEVELS.values() for positions, width in levels for n in (1, 2)})
 WAYS = {  # how a pipeline in bf16 is drawn with: what `engine.prepare` is asked for, None for nothing
     "eager_bf16": None,
     "engine_bf16": {},

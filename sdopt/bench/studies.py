@@ -145,10 +145,12 @@ def _fp8(study, device, options):
     """The rows in fp8 of a study of the engine, where the GPU has it; of pocket, whose layers are small, in every layer."""
     if not quantization.has_fp8(device):
         return []
-    apply = recipes.in_fp8("all" if study.model == "pocket" else "measured")
+    layers = "all" if study.model == "pocket" else "measured"
+    apply = recipes.in_fp8(layers)
     return [
         Recipe("torchao_fp8", "torchao's fp8, torch.compile, reduce-overhead", EAGER, apply=recipes.torchao_fp8, compiled=True),
         Recipe("engine_fp8", "fp8, our engine", EAGER, apply=apply),
+        Recipe("engine_fp8_tensor", "fp8, our engine, a scale a tensor", EAGER, apply=recipes.in_fp8(layers, "tensor")),
         Recipe("whole_path_engine_fp8", "the whole path, on the engine in fp8", ON_ENGINE, options, apply=apply),
     ]
 

@@ -149,9 +149,15 @@ def _sweeps(device):
 
 def _fp8(device):
     """The engine in fp8, in every layer, for pocket's are small: with a scale a row, and with one a tensor."""
-    kinds = {"engine_fp8": ("row", "a scale a row"), "engine_fp8_tensor": ("tensor", "a scale a tensor")}
+    kinds = {"engine_fp8": "row", "engine_fp8_tensor": "tensor"} if quantization.has_fp8(device) else {}
     return [
-        Sampled(i, f"fp8, our engine, {words}", ("bf16", "sdpa"), apply=recipes.in_fp8("all", scales), pipeline=i, family="engine")
-        for i, (scales, words) in kinds.items()
-        if quantization.has_fp8(device)
+        Sampled(
+            i,
+            f"fp8, our engine, a scale a {scales}",
+            ("bf16", "sdpa"),
+            apply=recipes.in_fp8("all", scales),
+            pipeline=i,
+            family="engine",
+        )
+        for i, scales in kinds.items()
     ]

@@ -115,7 +115,8 @@ def flops(pipe, task):
         text = torch.empty(2, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim)
         added, embedded = {}, unet.config.projection_class_embeddings_input_dim
         if embedded:
-            added = {"time_ids": torch.empty(2, 6), "text_embeds": torch.empty(2, embedded - 6 * unet.config.addition_time_embed_dim)}
+            pooled = embedded - 6 * unet.config.addition_time_embed_dim
+            added = {"time_ids": torch.empty(2, 6), "text_embeds": torch.empty(2, pooled)}
         step = _counted(lambda: unet(latents, torch.empty(()), text, added_cond_kwargs=added))
         return task.steps * step + _counted(lambda: vae.decode(latents[:1]))
 

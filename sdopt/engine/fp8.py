@@ -1,15 +1,20 @@
 """Linear layers in e4m3, by torch._scaled_mm: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
-self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). In SDXL
-that is 8/9 of the transformer blocks' operations; what attention gives (`to_out`) and the projections around a model's blocks
-would need a pass of their own, and stay as they are, as do the prompt's keys and values, which are computed once a picture.
+self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That
+is 16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the
+projections around a model's blocks would need a pass of their own, and stay as they are.
+
+Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
+weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
+picture depends on those before it. That the bound is tens of times what is common costs little: e4m3 is a float, and keeps its
+three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
 mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capability 9.0 with CUDA 12.9 or later. Elsewhere
-scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` tensor cores
-sum a whole product in their own registers, of fewer bits than float32; without, float32 sums are kept at half the speed.
+scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` a tensor core's
+own sums, of fewer bits than float32, run through a whole product; without, they are added up in float32 on the way.
 
 Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (1.6 GB for SDXL, less 0.6 GB of joined
 projections that this spares).
@@ -42,10 +47,10 @@ class Rounding:
 
 def asked(precision: str | None, scales: str, filter: str) -> Rounding | None:
     """The words of `engine.prepare` as a `Rounding`, None for none; raises UserError for a word that is unknown."""
-    for name, value, known in (("precision", precision, (None, "fp8")), ("scales", scales, SCALES), ("filter", filter, FILTERS)):
-        if value not in known:
-            words = " or ".join(repr(word) for word in known)
-            raise UserError(f"unknown {name} {value!r}: use {words}")
+    words = {"precision": (precision, (None, "fp8")), "scales": (scales, SCALES), "filter": (filter, FILTERS)}
+    for name, (word, known) in words.items():
+        if word not in known:
+            raise UserError(f"unknown {name} {word!r}: use {' or '.join(map(repr, known))}")
     return Rounding(scales, filter) if precision else None
 
 
@@ -64,7 +69,9 @@ def check(unet: nn.Module, rounding: Rounding):
         few = Scaled(new((32, 32), E4M3), new((32, 1) if rounding.scales == "row" else ()))
         product(few, few, new(32, DTYPE))
     except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
-        raise UserError(f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}") from error
+        raise UserError(
+            f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}"
+        ) from error
 
 
 def pays(rows: int, inputs: int, outputs: int) -> bool:
@@ -114,7 +121,8 @@ class Layer:
         if self.by_row:
             scale = self.weight.scale.split(self.sizes)
         else:
-            scales = self.weight.scale.copy_(_scale(torch.stack([part.weight.abs().amax() for part in self.parts]).amax()))
+            largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
+            scales = self.weight.scale.copy_(_scale(torch.stack(largest).amax()))
             self.takes.copy_(_scale(self._largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))
@@ -144,7 +152,7 @@ def layers(blocks, rounding: Rounding | None) -> Layers:
     found = Layers()
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
-        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # what GEGLU gives, by weights alone
+        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
             block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
@@ -166,10 +174,10 @@ def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
 def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
     """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|."""
     wide = _merged(wide)
-    weight, centre = wide.weight.float(), wide.weight.float() @ norm.bias.float()
-    centre = centre if wide.bias is None else centre + wide.bias.float()
-    largest = (weight * norm.weight.float()).norm(dim=1) * weight.shape[1] ** 0.5 + centre.abs()
-    values, gates = largest.chunk(2)
+    weight, squares = wide.weight.float(), norm.weight.float().square()
+    centre = weight @ norm.bias.float() + (0 if wide.bias is None else wide.bias.float())
+    spread = (weight.square() @ squares * len(squares)).sqrt()
+    values, gates = (spread + centre.abs()).chunk(2)
     return (values * gates).max()
 
 

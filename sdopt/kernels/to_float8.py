@@ -11,6 +11,7 @@ later.
 `in_e4m3` is for other kernels: those that hold a row in their registers write it in e4m3 at no further pass.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -91,10 +92,7 @@ def place(kernel: str, x: torch.Tensor, shape: tuple[int, ...], scales: str | to
         if scales.dtype is not torch.float32 or scales.numel() != 1:
             raise UserError(f"{kernel}: a scale for all rows is one float32 number: make it a tensor of that")
     elif scales == "row":
-        rows = 1
-        for n in shape[:-1]:
-            rows *= n
-        scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+        scales = torch.empty(prod(shape[:-1]), 1, device=x.device, dtype=torch.float32)
     else:
         raise UserError(f"{kernel}: unknown scales {scales!r}: use 'row' or a tensor of one number")
     return Scaled(torch.empty(shape, device=x.device, dtype=E4M3), scales)
