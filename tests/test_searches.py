@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from made_up import peers_result, result
@@ -122,6 +123,9 @@ def test_without_an_earlier_attempt_a_first_call_is_what_was_measured(tmp_path, 
     assert first == {"cold_s": 90.0, "compiled": 2, "found": 0}
 
 
+AS_IT_WAS = SimpleNamespace(config="8 warps")
+
+
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     """Inductor's tuners of six kernels: a search times three candidates, for 50 ms each, and says which kernel it was."""
@@ -136,15 +140,17 @@ def kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(CachingAutotuner, "bench", lambda tuner, candidate: time.sleep(0.05))
     tuners = [CachingAutotuner.__new__(CachingAutotuner) for _ in range(6)]
     for n, tuner in enumerate(tuners):
-        tuner.filename = f"/somewhere/c{n}.py"
+        tuner.filename, tuner.autotune_time_taken_ns, tuner.kept = f"/somewhere/c{n}.py", 5, []
+        tuner.save_cache_hook = lambda *what, tuner=tuner, **how: tuner.kept.append((*what, how))
     claims.begin(tmp_path)
     return tuners
 
 
 def test_a_search_left_for_later_leaves_kernels_as_they_are_and_counts_them(kernels, tmp_path):
     with claims.applied(claims.LATER, tmp_path) as left:
-        assert [k._coordinate_descent_tuning("as it was") for k in (*kernels, *kernels)] == ["as it was"] * 12
+        assert [k._coordinate_descent_tuning(AS_IT_WAS) for k in (*kernels, *kernels)] == [AS_IT_WAS] * 12
     assert len(left) == 6
+    assert all(k.kept == [("8 warps", 5, {"found_by_coordesc": False})] for k in kernels), "no search has found it"
     assert kernels[0]._coordinate_descent_tuning("it") == "it, searched", "afterwards all is as before"
 
 

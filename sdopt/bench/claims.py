@@ -38,6 +38,9 @@ def applied(how: str, cache: Path | None):
     search, bench = CachingAutotuner._coordinate_descent_tuning, CachingAutotuner.bench
 
     def leave(tuner, launcher, *args, **kwargs):
+        if _name(tuner) not in left and tuner.save_cache_hook:
+            # PyTorch 2.13 notes the best of the few that it always tries as if it had been searched for: it was not
+            tuner.save_cache_hook(launcher.config, tuner.autotune_time_taken_ns, found_by_coordesc=False)
         left.add(_name(tuner))
         return launcher
 
