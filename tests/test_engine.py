@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
+from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
@@ -33,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, pictures
+from sdopt.engine import fused, graphs, hooks, pictures
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -584,6 +585,27 @@ def gpu_draw(pipe, prompts=("a red ball",), side=256, steps=6, seed=0, **call):
     size = {"height": side, "width": side}
     call = {"num_inference_steps": steps, "guidance_scale": 4.0, "output_type": "np", **size, **call}
     return pipe(list(prompts), generator=generator, **call).images
+
+
+def test_whether_a_model_is_offloaded_is_answered_as_diffusers_does():
+    own = hooks._own
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
+    assert own(model) is hooks.group_offload_hook(model) is None
+    apply_group_offloading(model[1], torch.device("cpu"), offload_type="leaf_level")
+    assert own(model) is hooks.group_offload_hook(model) is not None
+    assert own(model[0]) is hooks.group_offload_hook(model[0]) is None
+
+
+def test_diffusers_answers_for_itself_when_no_pipeline_is_prepared(captured, monkeypatch):
+    monkeypatch.setattr(hooks, "_prepared", weakref.WeakSet())  # other tests' pipelines may still be there
+    pipes = [tiny_sdxl(), tiny_sdxl()]
+    for pipe in pipes:
+        engine.prepare(pipe)
+    assert getattr(group_offloading, hooks.ASKED) is hooks.group_offload_hook
+    engine.restore(pipes[0])
+    assert getattr(group_offloading, hooks.ASKED) is hooks.group_offload_hook
+    engine.restore(pipes[1])
+    assert getattr(group_offloading, hooks.ASKED).__module__ == group_offloading.__name__
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -7,7 +7,7 @@ from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
-    from sdopt.engine import fp8, fused, graphs, pictures, text, unet
+    from sdopt.engine import fp8, fused, graphs, hooks, pictures, text, unet
 except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
     MISSING = missing.name
 else:
@@ -75,6 +75,7 @@ def prepare(
     for encoder in encoders:
         encoder.forward = text.TextEncoder(encoder, memory, keep)
     pictures.put(getattr(pipe, "image_processor", None))
+    hooks.put(denoiser)
     return pipe
 
 
@@ -99,6 +100,7 @@ def restore(pipe):
     if scheduler is not None:
         vars(scheduler).pop("set_timesteps", None)
     pictures.take(getattr(pipe, "image_processor", None))
+    hooks.take(pipe.unet)
     return pipe
 
 
