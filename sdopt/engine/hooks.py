@@ -33,9 +33,13 @@ def group_offload_hook(module):
     left = [module]
     while left:
         part = left.pop()
-        registry = vars(part).get("_diffusers_hook")
-        hook = registry and registry.get_hook(group_offloading._GROUP_OFFLOADING)
-        if hook is not None:
-            return hook
-        left += [child for child in reversed(part._modules.values()) if child is not None]
+        if part is None:
+            continue
+        own = part.__dict__
+        if "_diffusers_hook" in own:
+            hook = own["_diffusers_hook"].get_hook(group_offloading._GROUP_OFFLOADING)
+            if hook is not None:
+                return hook
+        if part._modules:
+            left.extend(reversed(part._modules.values()))
     return None

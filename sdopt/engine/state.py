@@ -18,10 +18,12 @@ def fingerprint(module: torch.nn.Module) -> tuple:
     found, left = [module.training], [module]
     while left:  # once a picture through thousands of modules: their dicts, without the detour of getattr
         part = left.pop()
+        if part is None:
+            continue
         own = part.__dict__
         found.append(type(part))
         for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
+            for tensor in tensors.values() if tensors else ():
                 if tensor is not None:
                     found.append(tensor.data_ptr() if type(tensor) in PLAIN else id(tensor))
                     found.append(tensor.dtype)
@@ -35,7 +37,8 @@ def fingerprint(module: torch.nn.Module) -> tuple:
             found.append((*part.active_adapters, *part.merged_adapters, part.disable_adapters, *part.scaling.items()))
         if "s1" in own:
             found.append(tuple(own.get(name) for name in FREEU))
-        left += [child for child in own["_modules"].values() if child is not None]
+        if own["_modules"]:
+            left.extend(own["_modules"].values())
     return tuple(found)
 
 
