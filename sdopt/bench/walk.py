@@ -129,9 +129,10 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
         calls = [pool.submit(search, worker) for worker in workers]
         try:
             while futures.wait(calls, process.LOOK_S / 10).not_done:
-                tell(f"{processes} processes search, {len(spent())} of {left} kernels done")
                 keep(sum(spent()))
+                tell(f"{processes} processes search, {len(spent())} of {left} kernels done")
         finally:
+            keep(sum(spent()))
             for worker in workers:
                 worker.stop()
     return sum(spent())
