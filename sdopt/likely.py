@@ -5,32 +5,31 @@ from sdopt.bench import notes
 from sdopt.guidance import guided_steps
 from sdopt.path import Options
 from sdopt.sentences import BUSY
+from sdopt.tables import first_upper
 from sdopt.yours import ALL
 
 FAST = 1.5  # a number format whose products gain no more has no unit worth the name: casts and copies take the rest
+LESS_WORK = ("dpm_20", "cfg_cutoff")  # steps that only leave work out: no machine is slower with them
+AGAIN = "measure again with nothing else running"
 
 
 def reasons(lines, machine) -> list[str]:
-    """A sentence for each step that does not help here, or gains clearly less or more than on a recorded machine.
+    """A line for each step that does not help here, or gains clearly less or more than on a recorded machine.
 
     `lines`: what `yours.beside` returns; `machine`: the reader's. What stands after "likely" was not measured. Introduced
     in notebooks/10_the_whole_path.
     """
     said = []
-    for line in lines:
-        if line.step == ALL:
-            continue
+    for line in (line for line in lines if line.step != ALL):
+        there = "".join(f", {them.gain['speedup']:.2f}x on {name}" for name, them in line.recorded.items())
         if line.mine is None:
-            said += _not_taken(line, machine)
+            said += [f"int8: not taken here{there}. {first_upper(_int8_rates(machine))}; {_outlook(machine)}"] if line.step == "int8" else []
             continue
-        differ = [name for name in line.recorded if line.reads(name) != "like"]
-        helps = line.mine.gain["clear"] and line.mine.gain["speedup"] > 1
-        if differ or not helps:
+        gain, differ = line.mine.gain, [name for name in line.recorded if line.reads(name) != "like"]
+        if differ or not (gain["clear"] and gain["speedup"] > 1):
             other = max((line.recorded[name] for name in differ), key=lambda them: _apart(line.mine, them), default=None)
-            there = "".join(f", {line.recorded[name].gain['speedup']:.2f}x on {name}" for name in line.recorded)
-            unclear = "" if line.mine.gain["clear"] else " (within the spread)"
-            why = why_so(line.step, line.mine, other, machine)
-            said.append(f"{line.step}: {line.mine.gain['speedup']:.2f}x here{unclear}{there}: {why}")
+            within = "" if gain["clear"] else " (within the spread)"
+            said.append(f"{line.step}: {gain['speedup']:.2f}x here{within}{there}. {first_upper(why(line.step, line.mine, other, machine))}")
     return said
 
 
@@ -39,27 +38,27 @@ def _apart(mine, theirs):
     return max(ratio, 1 / ratio)
 
 
-def why_so(step, mine, other, machine) -> str:
-    """Why a step is worth here what it is, against `other`, the same step elsewhere, or None: it simply did not help."""
+def why(step, mine, other, machine) -> str:
+    """Why a step is worth here what it is, against `other`, the same step elsewhere; None: it simply does not help."""
     wide = max(row["latency_s"]["p80"] / row["latency_s"]["p20"] for row in (mine.row, mine.before))
     if wide > notes.WIDE:
-        return f"but p80 is {wide:.2f} times p20 here: measure again with nothing else running"
+        return f"but p80 is {wide:.2f} times p20 here: {AGAIN}"
+    if step in LESS_WORK and mine.gain["speedup"] < 1:
+        return f"but less work cannot take longer: {AGAIN}"
     less = other is None or mine.gain["speedup"] < other.gain["speedup"]
-    told = REASONS[step](mine, other, machine, less)
+    told = REASONS[step](mine, other, machine, less) if step in REASONS else None
     if not told:
-        known = notes.REASONS[step][machine.kind] if less else None
-        told = f"likely because {known}" if known else "nothing that was measured here says why"
-    return told + _place(step, mine, other)
+        told = f"likely because {notes.REASONS[step][machine.kind]}" if less else "nothing that was measured here says why"
+    return told + (_place(step, mine, other) if other else "")
 
 
 def _place(step, mine, other):
-    """What the gains of two ladders cannot be compared for: steps that came in another order."""
-    if other is None or ("compile" in mine.after) == ("compile" in other.after) and step != "compile":
-        return ""
+    """That two ladders took the compiler at different places, which is a difference of its own."""
+    late = [i for i in mine.after if i not in other.after]
     if step == "compile":
-        late = set(mine.after) - set(other.after)
-        return f" (here it comes after {', '.join(i for i in mine.after if i in late)}, there before)" if late else ""
-    return f" ({'there' if 'compile' in other.after else 'here'} the UNet was compiled before it, and the other way round)"
+        return f" (and here it comes after {', '.join(late)}, there before them)" if late else ""
+    here, there = ("compile" in taken.after for taken in (mine, other))
+    return "" if here == there else f" (and {'here' if here else 'there'} it comes after the compiler)"
 
 
 def busy(row) -> float | None:
@@ -97,108 +96,96 @@ def _launches(mine, other, less):
 
 
 def _bf16(mine, other, machine, less):
-    faster = machine.faster(machine.half)
-    measured = f"measured: a large product runs {faster:.1f} times as fast in {machine.half} as in float32 here"
-    if less:
-        if faster < FAST:
-            lacks = "" if machine.has("tensor cores") is not False else f"{_capability(machine)} has no tensor cores, and "
-            return f"{measured}; {lacks}likely no unit of this machine is faster in 16 bits"
-        limit = _launches(mine, other, less)
-        return limit or f"{measured}, so the unit is there; likely layers this small do not fill it, or are not the limit"
-    if machine.has("bf16 and TF32") is False:
-        return f"{measured}; {_capability(machine)} has no TF32, so that likely the baseline's convolutions are slower here"
+    faster, old = machine.faster(machine.half), machine.has("bf16 and TF32") is False
+    measured = f"measured: a large product is {faster:.1f} times as fast in {machine.half} as in float32 here"
     limit = _launches(mine, other, less)
-    return limit or (f"{measured}; likely float32 is the slower of the two machines' formats here" if faster > FAST else None)
+    if less and faster < FAST:
+        lacks = f"{_capability(machine)} has no tensor cores (from 7.0), " if machine.has("tensor cores") is False else ""
+        return f"{measured}; {lacks}likely no unit of this machine is faster in 16 bits"
+    if less:
+        return limit or f"{measured}, so the unit is there; likely layers this small do not fill it, or are not the limit"
+    if old:
+        return f"{measured}; {_capability(machine)} has no TF32 (from 8.0), so likely the baseline's convolutions are slower here"
+    return limit or (f"{measured}; likely float32 is the slower here, beside its 16 bits, than there" if faster > FAST else None)
 
 
 def _sdpa(mine, other, machine, less):
     if less and machine.has("bf16 and TF32") is False:
-        return f"flash and cuDNN attention need compute capability 8.0; likely the kernel that {_capability(machine)} has saves less"
+        return f"flash and cuDNN attention need 8.0, this is {_capability(machine)}; likely another kernel saves less"
     return _launches(mine, other, less)
 
 
 def _compile(mine, other, machine, less):
-    share, there = busy(mine.before), other and other.before
-    if share is None:
+    if busy(mine.before) is None:
         return None
-    if less and not _waits(mine.before):
-        return f"measured: {_busy(mine.before, there)} before it; likely fewer launches save little where the GPU does not wait"
-    if less:
-        return f"measured: {_busy(mine.before, there)} before it, so launches are there to be saved; likely its place is the reason"
-    return f"measured: {_busy(mine.before, there)} before it; likely launches are what it saves" if _waits(mine.before) else None
-
-
-def _fused_qkv(mine, other, machine, less):
+    waits, measured = _waits(mine.before), f"measured: {_busy(mine.before, other and other.before)}, before the step"
+    if less and waits:
+        return f"{measured}, so there are launches to save; likely what else it does gains little here"
+    if less or waits:
+        return f"{measured}; likely launches are what it saves" + (", and here they cost nothing" if less else "")
     return None
 
 
 def _int8(mine, other, machine, less):
     if mine.row.get("as_run", {}).get("int8_layers") == 0:
         return "none of its layers was rounded here: the difference is that of two processes that do the same"
-    rates = _int8_rates(machine)
-    return f"{rates}; {_int8_outlook(machine) if less else 'likely the products are large enough to fill it'}"
+    return f"{_int8_rates(machine)}; likely rounding the inputs takes {'more' if less else 'less'} than the products save"
 
 
 def _int8_rates(machine):
     faster = machine.faster("int8", machine.half)
     if faster is None:
-        return f"{_capability(machine)} has no int8 tensor cores (from 7.5)"
-    return f"measured: a large product runs {faster:.1f} times as fast in int8 as in {machine.half} here"
+        return f"int8 tensor cores came with 7.5, this is {_capability(machine)}"
+    return f"measured: a large product is {faster:.1f} times as fast in int8 as in {machine.half} here"
 
 
-def _int8_outlook(machine):
-    faster = machine.faster("int8", machine.half)
-    if faster is None or faster < 1:
-        return "likely nothing is to be gained"
-    return "likely the rounding of the inputs takes what the products save" if faster < 2 else "likely layers this small do not fill it"
-
-
-def _not_taken(line, machine):
-    if line.step != "int8":
-        return []
-    there = ", ".join(f"{them.gain['speedup']:.2f}x on {name}" for name, them in line.recorded.items())
-    outlook = "worth a try" if (machine.faster("int8", machine.half) or 0) >= FAST else "likely nothing is to be gained"
-    return [f"int8: not taken here, {there}: {_int8_rates(machine)}; {outlook}"]
+def _outlook(machine):
+    worth = (machine.faster("int8", machine.half) or 0) >= FAST
+    return "it may be worth a try" if worth else "likely nothing is to be gained, since its inputs must be rounded as well"
 
 
 def _tiny_vae(mine, other, machine, less):
-    here, there = (step and share(step.before, "vae") for step in (mine, other))
-    factors = [f"{step.before['stages_ms']['vae'] / step.row['stages_ms']['vae']:.1f}" for step in (mine, other) if step]
-    if not other:
-        return f"measured: decoding was {here:.0%} of the row before, and became {factors[0]} times as fast"
-    return (
-        f"measured: decoding was {here:.0%} of the row before here and {there:.0%} there, and became {factors[0]} and "
-        f"{factors[1]} times as fast"
-    )
+    factors = [step.before["stages_ms"]["vae"] / step.row["stages_ms"]["vae"] for step in (mine, other) if step]
+    return _by_amdahl("decoding", "vae", mine, other, factors, f"became {_both('{:.1f} times as fast', factors)}")
 
 
 def _dpm_20(mine, other, machine, less):
-    calls, old = mine.row["stages_ms"]["unet_calls"], mine.before["stages_ms"]["unet_calls"]
-    here, there = (step and share(step.before, "unet") for step in (mine, other))
-    beside = f" and {there:.0%} there" if other else ""
-    return (
-        f"it takes {calls:.0f} UNet calls instead of {old:.0f} on any machine; measured: these were {here:.0%} of the row before "
-        f"here{beside}, and all else stays"
-    )
+    calls = [(step.before["stages_ms"]["unet_calls"], step.row["stages_ms"]["unet_calls"]) for step in (mine, other) if step]
+    became = "has {1:.0f} calls for {0:.0f}".format(*calls[0])
+    return _by_amdahl("the UNet", "unet", mine, other, [old / new for old, new in calls], became)
+
+
+def _by_amdahl(name, stage, mine, other, factors, became):
+    """What a step gains by the share of its stage: measured shares and factors, and whether they say what was seen."""
+    shares = [share(step.before, stage) for step in (mine, other) if step]
+    law = [1 / (1 - s + s / f) for s, f in zip(shares, factors, strict=True)]
+    told = _both("{:.0%}", shares), _both("{:.2f}x", law)
+    said = f"measured: {name} took {told[0]} of the row before and {became}, which alone makes {told[1]}"
+    if other and (law[0] < law[1]) != (mine.gain["speedup"] < other.gain["speedup"]):
+        return f"{said}, so it is not the reason; likely the spread from picture to picture is: measure again"
+    return said
+
+
+def _both(form, values):
+    """One value, or that of here and that of there."""
+    if len(values) == 1:
+        return form.format(*values)
+    return " and ".join(f"{form.format(value)} {where}" for value, where in zip(values, ("here", "there"), strict=True))
 
 
 def _cfg_cutoff(mine, other, machine, less):
-    limit = _launches(mine, other, less)
-    if limit:
-        return limit
     steps = mine.row["stages_ms"]["unet_calls"]
     most = 2 * steps / (steps + guided_steps(Options().cutoff, steps))
-    here, there = (step and step.before["stages_ms"]["unet"] / step.row["stages_ms"]["unet"] for step in (mine, other))
-    beside = f" and {there:.2f} there" if other else ""
-    told = f"measured: the UNet became {here:.2f} times as fast here{beside}, where half the batch in half the time would make {most:.2f}"
-    return f"{told}; likely a batch of one {'leaves more of this machine idle' if less else 'fills this machine better'}"
+    faster = [step.before["stages_ms"]["unet"] / step.row["stages_ms"]["unet"] for step in (mine, other) if step]
+    told = f"measured: the UNet became {_both('{:.2f}x', faster)} as fast, and {most:.2f}x if half a batch took half the time"
+    likely = "leaves more of this machine idle" if less else "fills this machine better"
+    return _launches(mine, other, less) or f"{told}; likely a batch of one {likely}"
 
 
 REASONS = {
     "bf16": _bf16,
     "sdpa": _sdpa,
     "compile": _compile,
-    "fused_qkv": _fused_qkv,
     "int8": _int8,
     "tiny_vae": _tiny_vae,
     "dpm_20": _dpm_20,
@@ -210,20 +197,18 @@ def _capability(machine):
     return f"compute capability {machine.capability[0]}.{machine.capability[1]}"
 
 
-def paid_back(lines) -> str | None:
-    """After how many pictures the compiler's first call has paid for itself, here and on the recorded machines.
+def paid_back(lines) -> list[str]:
+    """After how many pictures the compiler's first call has paid for itself, here and on the recorded machines: one line.
 
-    Against the row before it; counted as in `breakeven`. None where nothing was compiled here. Introduced in
+    Against the row before it, as `breakeven` counts. No line where nothing was compiled here. Introduced in
     notebooks/10_the_whole_path.
     """
     line = next((line for line in lines if line.step == "compile" and line.mine), None)
     if line is None:
-        return None
+        return []
     first, without = (figures.seconds(_way(row).first_s) for row in (line.mine.row, line.mine.before))
-    each = [_after(line.mine), *(f"{_after(them)} on {name}" for name, them in line.recorded.items())]
-    return f"compile: its first call took {first} here, {without} without it; paid back {each[0]} here" + "".join(
-        f", {told}" for told in each[1:]
-    )
+    told = "".join(f", {_after(them)} on {name}" for name, them in line.recorded.items())
+    return [f"compile: its first call took {first} here, {without} without it. Paid back {_after(line.mine)} here{told}"]
 
 
 def _way(row):

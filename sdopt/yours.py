@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.patches import Patch
 
-from sdopt import drawing, figures, gridtables, pagetables, results, roofline
+from sdopt import drawing, figures, gridtables, pagetables, results, roofline, timing
 from sdopt.bench.row import unet_profile
 from sdopt.errors import UserError
 from sdopt.figures import INK, QUIET, SERIES
@@ -103,11 +103,17 @@ def priced(id, pipe, task, call, steps: int = SHORT) -> dict:
     What the text encoder and the VAE take is there once, all else grows with the steps (see `stretched`). On a GPU also
     "unet_kernels", as in a result file. `task`'s runs give the spread. Introduced in notebooks/10_the_whole_path.
     """
-    short = call | {"num_inference_steps": steps}
-    numbers, _ = drawing.measure(pipe, task, **short)
-    kernels = unet_profile(pipe, task, call)[1] if pipe.device.type == "cuda" else {}
+    numbers, _ = drawing.measure(pipe, task, **call | {"num_inference_steps": steps})
     whole = stretched(numbers, call.get("num_inference_steps", task.steps))
-    return {"id": id, "label": id, "settings": {}, "status": "ok", "quality": None, **whole, **kernels}
+    return {"id": id, "label": id, "settings": {}, "status": "ok", "quality": None, **whole, **kernels(pipe, task, call)}
+
+
+def kernels(pipe, task, call) -> dict:
+    """What a profile of two more steps says of the UNet's calls, {"unet_kernels": [...]}; nothing on a CPU.
+
+    Introduced in notebooks/10_the_whole_path.
+    """
+    return unet_profile(pipe, task, call)[1] if pipe.device.type == "cuda" else {}
 
 
 def stretched(numbers: dict, steps: int) -> dict:
@@ -116,7 +122,7 @@ def stretched(numbers: dict, steps: int) -> dict:
     times, once = steps / stages["unet_calls"], (stages["text_encoder"] + stages["vae"]) / 1e3
     grown = {stage: stages[stage] * times for stage in ("unet", "scheduler")} | {"unet_calls": steps}
     runs = [once + (run - once) * times for run in numbers["latency_s"]["runs"]]
-    return numbers | {"latency_s": drawing.timing.latency(runs), "stages_ms": stages | grown}
+    return numbers | {"latency_s": timing.latency(runs), "stages_ms": stages | grown}
 
 
 def walked(path, model: str) -> list[dict]:
@@ -194,9 +200,8 @@ def gains_figure(lines: list[Beside]):
                 axes.text(1.01, at, "not taken" if k == 0 else "not recorded", va="center", fontsize=8, color=QUIET)
                 continue
             gain, hatch = step.gain, "//" if k else None
-            axes.barh(
-                at, gain["speedup"] - 1, left=1, height=0.9 * height, color=SERIES[k % len(SERIES)], edgecolor="white", hatch=hatch
-            )  # fmt: skip
+            colour = SERIES[k % len(SERIES)]
+            axes.barh(at, gain["speedup"] - 1, left=1, height=0.9 * height, color=colour, edgecolor="white", hatch=hatch)
             axes.plot([gain["low"], gain["high"]], [at, at], color=INK, linewidth=1.2)
             axes.annotate(
                 f"{gain['speedup']:.2f}x", (max(1, gain["high"]), at), xytext=(5, 0), textcoords="offset points",
@@ -207,7 +212,7 @@ def gains_figure(lines: list[Beside]):
     ticks = [tick for tick in (0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50) if low / 1.03 <= tick <= high ** 1.12]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("times faster than before the step (logarithmic); line: p20 to p80", color=QUIET)
+    axes.set_xlabel("times faster than before the step (logarithmic); line: by p20 and p80 of both rows", color=QUIET)
     names = ["measured here", *(f"recorded: {name}" for name in machines)]
     handles = [
         Patch(facecolor=SERIES[k % len(SERIES)], edgecolor="white", hatch="//" if k else None, label=name)
