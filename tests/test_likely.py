@@ -170,7 +170,8 @@ def test_a_step_that_does_not_help_has_a_reason_where_nothing_is_recorded():
 @pytest.mark.parametrize(("here", "there"), [(1.0, 3.0), (3.0, 1.0), (0.5, 3.0), (3.0, 0.5)])
 def test_every_step_has_a_reason_on_every_machine(machine, step, here, there):
     said = why(step, (4.0, 4.0 / here), (4.0, 4.0 / there), machine)
-    assert said.startswith(f"{step}: {here:.2f}x here") and not {"{", "None "} & {said} and len(said) < 420
+    assert said.startswith(f"{step}: {here:.2f}x here") and len(said) < 420
+    assert all(word not in said for word in ("{", "None", "nan"))
 
 
 def test_the_compilers_first_call_is_paid_back_or_never():
