@@ -6,7 +6,7 @@ from sdopt.guidance import guided_steps
 from sdopt.path import Options
 from sdopt.sentences import BUSY
 from sdopt.tables import first_upper
-from sdopt.yours import ALL
+from sdopt.yours import ALL, DIFFERS
 
 FAST = 1.5  # a number format whose products gain no more has no unit worth the name: casts and copies take the rest
 LESS_WORK = ("dpm_20", "cfg_cutoff")  # steps that only leave work out: no machine is slower with them
@@ -22,14 +22,17 @@ def reasons(lines, machine) -> list[str]:
     said = []
     for line in (line for line in lines if line.step != ALL):
         there = "".join(f", {them.gain['speedup']:.2f}x on {name}" for name, them in line.recorded.items())
+        if line.mine is None and line.step == "int8":
+            said.append(f"int8: not taken here{there}. {first_upper(_int8_rates(machine))}; {_outlook(machine)}")
         if line.mine is None:
-            said += [f"int8: not taken here{there}. {first_upper(_int8_rates(machine))}; {_outlook(machine)}"] if line.step == "int8" else []
             continue
         gain, differ = line.mine.gain, [name for name in line.recorded if line.reads(name) != "like"]
         if differ or not (gain["clear"] and gain["speedup"] > 1):
-            other = max((line.recorded[name] for name in differ), key=lambda them: _apart(line.mine, them), default=None)
+            most = max(differ, key=lambda name: _apart(line.mine, line.recorded[name]), default=None)
+            reason = first_upper(why(line.step, line.mine, line.recorded.get(most), machine))
             within = "" if gain["clear"] else " (within the spread)"
-            said.append(f"{line.step}: {gain['speedup']:.2f}x here{within}{there}. {first_upper(why(line.step, line.mine, other, machine))}")
+            which = f" (there: {most})" if most and len(line.recorded) > 1 else ""
+            said.append(f"{line.step}: {gain['speedup']:.2f}x here{within}{there}. {reason}{which}")
     return said
 
 
@@ -43,7 +46,7 @@ def why(step, mine, other, machine) -> str:
     wide = max(row["latency_s"]["p80"] / row["latency_s"]["p20"] for row in (mine.row, mine.before))
     if wide > notes.WIDE:
         return f"but p80 is {wide:.2f} times p20 here: {AGAIN}"
-    if step in LESS_WORK and mine.gain["speedup"] < 1:
+    if step in LESS_WORK and mine.gain["speedup"] * DIFFERS < 1:
         return f"but less work cannot take longer: {AGAIN}"
     less = other is None or mine.gain["speedup"] < other.gain["speedup"]
     told = REASONS[step](mine, other, machine, less) if step in REASONS else None
