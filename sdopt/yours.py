@@ -10,6 +10,7 @@ from sdopt.bench.row import unet_profile
 from sdopt.errors import UserError
 from sdopt.figures import INK, QUIET, SERIES
 from sdopt.path import NUMBERS
+from sdopt.precision import half_dtype
 
 SHORT = 5  # steps of a picture that stands for a whole one
 # What two machines' gains must differ by, beside their spread, before a reason is looked for: two processes of one machine
@@ -67,7 +68,7 @@ class Beside:
     recorded: dict[str, Taken]
 
     def reads(self, machine):
-        """"less", "more" or "like": the gain here against that on a recorded machine."""
+        """How the gain here is to that on a recorded machine: "less", "more" or "like"."""
         mine, theirs = self.mine.gain, self.recorded[machine].gain
         if mine["high"] < theirs["low"] and mine["speedup"] * DIFFERS < theirs["speedup"]:
             return "less"
@@ -78,7 +79,7 @@ def machine(device: str) -> Machine:
     """What this machine can do, some of it measured: a second or two. Introduced in notebooks/10_the_whole_path."""
     kind, environment = torch.device(device).type, results.environment(device)
     capability = torch.cuda.get_device_capability(device) if kind == "cuda" else None
-    half = "float16" if capability and capability < UNITS["bf16 and TF32"] else "bfloat16"
+    half = str(half_dtype(device)).removeprefix("torch.")
     formats = {"float32", half} | ({"int8"} if not capability or capability >= UNITS["int8 tensor cores"] else set())
     formats |= {"TF32"} if capability and capability >= UNITS["bf16 and TF32"] else set()
     found = roofline.ceilings(device, formats, SIDE[kind], COPIED[kind])

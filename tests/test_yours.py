@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from made_up import IDS, SECONDS, result, row, run_folder
+from made_up import IDS, result, row, run_folder
 
-from sdopt import drawing, models, path, yours
+from sdopt import drawing, likely, models, path, yours
 from sdopt.errors import UserError
 from sdopt.roofline import Ceilings
 
@@ -107,7 +107,6 @@ def test_a_walk_of_ones_own_must_be_of_the_same_model(tmp_path):
     made["rows"][1] = {"id": "bf16", "label": "bf16", "settings": {}, "status": "failed: no bf16"}
     file = run_folder(tmp_path, made) / "pocket-path.json"
     assert [r["id"] for r in yours.walked(file, "pocket")] == [i for i in IDS if i != "bf16"]
-    assert len(SECONDS) == len(IDS)
     with pytest.raises(UserError, match="is a path of pocket: give one of sdxl"):
         yours.walked(file, "sdxl")
     with pytest.raises(UserError, match="cannot read"):
@@ -133,3 +132,14 @@ def test_this_machine_is_measured_in_the_formats_it_has(monkeypatch):
         assert yours.machine("cuda").half == half
     cpu = {"float32", "bfloat16", "int8"}
     assert asked == [cpu, {"float32", "float16"}, {"float32", "float16", "int8"}, cpu | {"TF32"}]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_of_both_batches_are_seen(pocket):
+    pipe, call = path.prepare(pocket.to("cuda"), ["bf16", "dpm_20", "cfg_cutoff"])
+    task = drawing.task(models.MODELS["pocket"], runs=2)
+    with torch.no_grad():
+        made = yours.priced("cfg_cutoff", pipe, task, call) | {"settings": {"cutoff": path.Options().cutoff}}
+    assert {call["samples"] for call in made["unet_kernels"]} == {1, 2} and 0 < likely.busy(made) < 1.1
+    found = yours.machine("cuda")
+    assert found.capability and found.faster(found.half) > 0 and len(yours.facts(found)) == 3
