@@ -108,7 +108,8 @@ def _bf16(mine, other, machine, less):
     if less:
         return limit or f"{measured}, so the unit is there; likely layers this small do not fill it, or are not the limit"
     if old:
-        return f"{measured}; {_capability(machine)} has no TF32 (from 8.0), so likely the baseline's convolutions are slower here"
+        slow = f"{_capability(machine)} has no TF32 (from 8.0), so likely the baseline's convolutions are slower here"
+        return f"{measured}; {slow}" + (f"; {limit}" if limit else "")
     return limit or (f"{measured}; likely float32 is the slower here, beside its 16 bits, than there" if faster > FAST else None)
 
 
