@@ -2,7 +2,10 @@
 
 import math
 
-from sdopt import path
+import pytest
+
+from sdopt import path, results, yours
+from sdopt.report import ROOT
 
 
 def test_10_the_whole_path(kept):
@@ -36,3 +39,34 @@ def test_10_the_whole_path_keeps_the_books(kept):
     for verdict in seen["verdicts"].values():
         judged = [step.split()[0] for steps in verdict.values() for step in steps]
         assert len(judged) == len(set(judged)) and set(judged) < {step.id for step in path.STEPS}
+
+
+def gains(ladder):
+    """{step: the row before it over its own, ...} and of all the first over the last, of [(step, seconds)]."""
+    found = {step: before / seconds for (_, before), (step, seconds) in zip(ladder, ladder[1:])}
+    return found | {yours.ALL: ladder[0][1] / ladder[-1][1]}
+
+
+def test_10_the_whole_path_sets_yours_beside_ours(kept):
+    seen = kept("10_the_whole_path")
+    rows = results.read(ROOT / "figures" / "data" / "cpu-2-cores" / "pocket-path.json")["rows"]
+    here, there = gains(seen["ladder"]), gains([(row["id"], row["latency_s"]["median"]) for row in rows])
+    assert [step for step, _ in seen["ladder"]][-2:] == ["cfg_cutoff", "compile"] and len(here) == len(seen["ids"])
+    assert [line["step"] for line in seen["beside"]] == list(there)
+    for line in seen["beside"]:
+        assert line["recorded"] == {"cpu-2-cores": pytest.approx(there[line["step"]])}
+        if line["step"] == "int8":
+            assert line["here"] is None and line["reads"] == {}
+            continue
+        assert line["here"] == pytest.approx(here[line["step"]])
+        more, reads = line["here"] / there[line["step"]], line["reads"]["cpu-2-cores"]
+        assert {"like": True, "more": more > yours.DIFFERS, "less": more < 1 / yours.DIFFERS}[reads]
+    assert here[yours.ALL] == pytest.approx(seen["speedup"])
+
+
+def test_10_the_whole_path_has_a_reason_for_each_step_that_differs(kept):
+    seen = kept("10_the_whole_path")
+    *told, paid = seen["why"]
+    differ = {line["step"] for line in seen["beside"] if {"less", "more"} & set(line["reads"].values())} - {yours.ALL}
+    assert differ | {"int8"} <= {line.split(":")[0] for line in told} < {step.id for step in path.STEPS}
+    assert paid.startswith("compile: its first call took ") and "pictures on cpu-2-cores" in paid
