@@ -33,7 +33,7 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Line
                 takes = fp8.scale_of(layer.largest())
                 of = fp8.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
             for part in layer.parts:
-                weight = back(to_float8.reference(part.weight.detach(), of))
+                weight = to_float8.reference(part.weight.detach(), of)
                 stack.enter_context(timing.swapped(part, "forward", partial(_forward, part, weight, takes)))
                 rounded[names[part]] = part
         yield rounded
@@ -47,4 +47,4 @@ def back(scaled: to_float8.Scaled) -> torch.Tensor:
 
 def _forward(part, weight, takes, x):
     bias = None if part.bias is None else part.bias.float()
-    return linear(back(to_float8.reference(x, takes)), weight, bias).to(part.weight.dtype)
+    return linear(back(to_float8.reference(x, takes)), back(weight), bias).to(part.weight.dtype)
