@@ -19,6 +19,8 @@ def unet():
         for norm in (m for m in unet.modules() if type(m) is torch.nn.LayerNorm):  # as after training, one channel far out
             norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
             norm.weight[5] *= 8
+        for block in blocks(unet):
+            block.attn1.to_v.weight.mul_(20)  # joined with query and key, it decides their one scale
     return unet
 
 
