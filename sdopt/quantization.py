@@ -127,7 +127,7 @@ def gains_nowhere(device) -> bool:
 
 
 def has_fp8(device) -> bool:
-    """Whether `device` multiplies 8-bit floats: a GPU of compute capability 8.9 or later."""
+    """Whether `device` multiplies 8-bit floats: a GPU of compute capability 8.9 or later. Introduced in notebooks/13_fp8."""
     device = torch.device(device)
     cuda = device.type == "cuda" and torch.cuda.is_available()
     return cuda and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
 from sdopt.bench.fusions import CACHE, in_turn
 from sdopt.engine import fp8
+from sdopt.fp8figures import whole
 from sdopt.kernels import add_layer_norm, geglu, to_float8
 from sdopt.pocket.captions import test_prompts
 
@@ -80,14 +81,6 @@ def _seconds(device, size, biased, kernel, timed):
         turns = in_turn(way, [(one,) for one in given])
         seconds[f"before_{name}"] = timing.kernel_seconds(turns, device, **timed)
     return seconds
-
-
-def whole(row, way):
-    """Seconds of a layer and of what rounds for it, one of the rows of `shapes`: `way` "bf16", "row" or "tensor"."""
-    seconds = row["seconds"]
-    if row["before"]:
-        return seconds[way] + seconds[f"before_{way}"]
-    return seconds[way] + (0 if way == "bf16" else seconds[f"pass_{way}"])
 
 
 def fewest(rows, way="row"):

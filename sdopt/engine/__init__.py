@@ -36,7 +36,7 @@ def prepare(
     rounding does to a small model.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, `keep`
     below 1, one that is prepared in another precision, and of fp8 for a GPU before compute capability 8.9.
-    Introduced in notebooks/12_cuda_graphs.
+    Introduced in notebooks/12_cuda_graphs, `precision` in notebooks/13_fp8.
     """
     if MISSING:
         raise UserError(f"the engine needs a CUDA GPU, and PyTorch's package for it: {MISSING} is not installed")
@@ -110,7 +110,10 @@ def is_prepared(pipe) -> bool:
 
 
 def fp8_layers(pipe) -> int:
-    """How many layers of the UNet the engine has computed in e4m3, those that are joined counted as one."""
+    """How many layers of the UNet the engine has computed in e4m3, those that are joined counted as one.
+
+    Introduced in notebooks/13_fp8.
+    """
     held = pipe.unet.forward.held if is_prepared(pipe) else None
     return sum(layer.used for layer in held.rounded.values()) if held else 0
 

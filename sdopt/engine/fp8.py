@@ -75,12 +75,15 @@ def check(unet: nn.Module, rounding: Rounding):
 
 
 def pays(rows: int, inputs: int, outputs: int) -> bool:
-    """Whether a product of that size is faster in e4m3, what rounding costs included."""
+    """Whether a product of that size is faster in e4m3, rounding included. Introduced in notebooks/13_fp8."""
     return rows * inputs * outputs >= FEWEST
 
 
 def product(x: Scaled, weight: Scaled, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[..., K] by [N, K], both in e4m3 with their scales: [..., N] in bfloat16, the bias added."""
+    """[..., K] by [N, K], both in e4m3 with their scales: [..., N] in bfloat16, the bias added.
+
+    Introduced in notebooks/13_fp8.
+    """
     out = torch._scaled_mm(
         *(x.values.view(-1, x.values.shape[-1]), weight.values.t(), x.scale, weight.scale.t()),
         bias=bias,
@@ -99,7 +102,7 @@ class Layer:
     used = False
 
     def __init__(self, parts, largest, rounding):
-        self.parts, self._largest, self._all = parts, largest, rounding.filter == "all"
+        self.parts, self.largest, self._all = parts, largest, rounding.filter == "all"
         self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
         self.by_row = rounding.scales == "row"
@@ -122,8 +125,8 @@ class Layer:
             scale = self.weight.scale.split(self.sizes)
         else:
             largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
-            scales = self.weight.scale.copy_(_scale(torch.stack(largest).amax()))
-            self.takes.copy_(_scale(self._largest()))
+            scales = self.weight.scale.copy_(scale_of(torch.stack(largest).amax()))
+            self.takes.copy_(scale_of(self.largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))
 
@@ -167,7 +170,10 @@ def layers(blocks, rounding: Rounding | None) -> Layers:
 
 
 def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
-    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most."""
+    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most.
+
+    Introduced in notebooks/13_fp8.
+    """
     return (norm.weight.float().abs() * len(norm.weight) ** 0.5 + norm.bias.float().abs()).max()
 
 
@@ -202,7 +208,8 @@ def _fits(part):
     )
 
 
-def _scale(largest):
+def scale_of(largest: torch.Tensor) -> torch.Tensor:
+    """The one scale that numbers up to `largest` fit with: float32."""
     return largest.float().clamp(min=TINIEST) / LARGEST
 
 

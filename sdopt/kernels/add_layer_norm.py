@@ -34,7 +34,7 @@ def add_layer_norm(
     rounded to the dtype of `x` before it is normalised, as two operations would; statistics in float32. With `scales`,
     "row" or one number for all, the norm comes in e4m3, as `to_float8` returns it.
     Raises UserError for other shapes, layouts or dtypes. Source: https://arxiv.org/abs/1607.06450. Introduced in
-    notebooks/11_fused_kernels.
+    notebooks/11_fused_kernels, `scales` in notebooks/13_fp8.
     """
     launch.check(NAME, x, residual=residual, weight=weight, bias=bias)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))

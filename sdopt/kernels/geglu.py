@@ -26,7 +26,7 @@ def geglu(x: torch.Tensor, scales: str | torch.Tensor | None = None) -> torch.Te
 
     With `scales`, "row" or one number for all, it comes in e4m3, as `to_float8` returns it.
     Raises UserError for an odd last dimension, another layout or another dtype. Source: https://arxiv.org/abs/2002.05202.
-    Introduced in notebooks/11_fused_kernels.
+    Introduced in notebooks/11_fused_kernels, `scales` in notebooks/13_fp8.
     """
     launch.check(NAME, x)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))

@@ -44,7 +44,7 @@ def to_float8(x: torch.Tensor, scales: str | torch.Tensor = "row", out: Scaled |
     """`x`: [..., n], contiguous, float32, float16 or bfloat16; `scales`: "row", or one float32 number, [], for all.
 
     `out`: where it is written, None: to new tensors. Raises UserError for other shapes, layouts or dtypes, or a GPU that
-    has no e4m3. Source: https://arxiv.org/abs/2209.05433.
+    has no e4m3. Source: https://arxiv.org/abs/2209.05433. Introduced in notebooks/13_fp8.
     """
     launch.check(NAME, x)
     launch.check_shape(NAME, "the input", x, tuple(x.shape))

@@ -1,0 +1,116 @@
+"""8-bit floats for a notebook: where their numbers lie, how far rounding moves one, what layers lose and gain by it."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.lines import Line2D
+
+from sdopt import figures
+from sdopt.figures import INK, QUIET, SERIES
+
+WAYS = {"bf16": SERIES[0], "row": SERIES[1], "tensor": SERIES[3]}
+CALLED = {"bf16": "bf16", "row": "fp8, a scale a row", "tensor": "fp8, a scale a tensor"}
+KINDS = {  # by what the name of a layer holds
+    "attn1": "self-attention\nq, k, v",
+    "attn2": "cross-attention\nq",
+    "ff.net.0": "feed-forward,\nfirst half",
+    "ff.net.2": "feed-forward,\nsecond half",
+}
+SWEPT = {"self-attention": "o", "cross-attention": "s", "feed-forward 1": "^", "feed-forward 2": "v", "output": "x"}
+
+
+def whole(row: Mapping, way: str) -> float:
+    """Seconds of a layer and of what rounds for it, a row of the study `fp8-shapes`: `way` "bf16", "row" or "tensor"."""
+    seconds = row["seconds"]
+    if row["before"]:
+        return seconds[way] + seconds[f"before_{way}"]
+    return seconds[way] + (0 if way == "bf16" else seconds[f"pass_{way}"])
+
+
+def number_lines(formats: Mapping[str, Sequence[float]]):
+    """The numbers of each format as ticks, the largest at 1: all of them on a line, and those above 0 by powers of two.
+
+    `formats`: {name: its finite numbers}. Introduced in notebooks/13_fp8.
+    """
+    figure = figures.Plot(figsize=(9, 1.4 + 0.9 * len(formats)))
+    line, powers = figure.subplots(2, 1)
+    for y, (colour, numbers) in enumerate(zip(SERIES, formats.values())):
+        largest = max(numbers)
+        ticks = sorted({number / largest for number in numbers})
+        line.vlines(ticks, y - 0.35, y + 0.35, color=colour, linewidth=0.7)
+        powers.vlines([tick for tick in ticks if tick > 0], y - 0.35, y + 0.35, color=colour, linewidth=0.7)
+    for axes in (line, powers):
+        figures.rows_down(axes, list(formats))
+    powers.set_xscale("log", base=2)
+    line.set_xlabel("number / the format's largest", color=QUIET)
+    powers.set_xlabel("the same above 0, by powers of two", color=QUIET)
+    return figure
+
+
+def by_size(sizes: Sequence[float], errors: Mapping[str, Sequence[float]]):
+    """A curve a format: what rounding costs a number (RMS, relative to it) by its size, the row's largest being 1.
+
+    Introduced in notebooks/13_fp8.
+    """
+    figure = figures.Plot(figsize=(9, 3.2))
+    axes = figure.subplots()
+    for colour, (name, off) in zip(SERIES, errors.items()):
+        axes.plot(sizes, [100 * value for value in off], color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_ylim(0.1, 200)
+    axes.set_yticks([0.1, 1, 10, 100], ["0.1 %", "1 %", "10 %", "100 %"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_xlabel("size of a number / the largest of its row", color=QUIET)
+    axes.set_ylabel("error / number", color=QUIET)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def by_layer(cases: Sequence[tuple[str, Sequence[Mapping]]]):
+    """A dot a layer and way, by kind of layer, a panel a case: the layer's error relative to its output in fp32.
+
+    `cases`: (title, rows) each, rows {"layer": its name, "off": {way: error}} as in the study `fp8-errors`. Introduced in
+    notebooks/13_fp8.
+    """
+    figure = figures.Plot(figsize=(9, 0.6 + 2.8 * len(cases)))
+    for axes, (title, rows) in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases):
+        for x, kind in enumerate(KINDS):
+            found = [row["off"] for row in rows if kind in row["layer"]]
+            for shift, (way, colour) in enumerate(WAYS.items()):
+                off = [100 * one[way] for one in found if way in one]
+                at = [x + 0.26 * (shift - 1) + 0.16 * (k / max(1, len(off) - 1) - 0.5) for k in range(len(off))]
+                axes.plot(at, off, "o", color=colour, markersize=4, alpha=0.7)
+        axes.set_xticks(range(len(KINDS)), KINDS.values(), fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.set_ylabel("error, % of the output", color=QUIET)
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [Line2D([], [], color=WAYS[way], marker="o", linestyle="", label=CALLED[way]) for way in WAYS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(WAYS), frameon=False, fontsize=9)
+    return figure
+
+
+def sweep(title: str, rows: Sequence[Mapping], fewest: int):
+    """A mark a layer and size of the study `fp8-shapes`: how many times as fast as bf16, rounding included, by its size.
+
+    `fewest`: the multiplications from which on the engine takes a product. Introduced in notebooks/13_fp8.
+    """
+    figure = figures.Plot(figsize=(9, 3.4))
+    axes = figure.subplots()
+    for (layer, marker), colour in zip(SWEPT.items(), SERIES):
+        found = [row for row in rows if row["layer"] == layer]
+        size = [row["rows"] * row["inputs"] * row["outputs"] for row in found]
+        axes.plot(size, [whole(row, "bf16") / whole(row, "row") for row in found], marker, color=colour, label=layer)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.axvline(fewest, color=QUIET, linewidth=1, linestyle="--", label="taken from here on")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel("multiplications of the product: rows x inputs x outputs", color=QUIET)
+    axes.set_ylabel("times as fast as bf16", color=QUIET)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return figure
