@@ -5,6 +5,12 @@ class UserError(ValueError):
     """Bad input, told in one line: what is wrong and what to do. The command line prints it and exits with code 2."""
 
 
+def first_line(error: Exception, width: int = 160) -> str:
+    """What `error` says, in one line of up to `width` characters; its type where it says nothing."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 def exit_code(call) -> int:
     """Run a command, `call()`; returns its exit code, or 2 for a UserError, which becomes one line on stderr."""
     try:

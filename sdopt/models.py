@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdopt.errors import UserError
+from sdopt.errors import UserError, first_line
 from sdopt.pocket import PIPELINE
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -237,7 +237,7 @@ def _with_hub(chosen, call):
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise UserError(
-            f"cannot get {chosen.hub_id} from the hub ({_first_line(error)}): run `sdopt run --model pocket`, "
+            f"cannot get {chosen.hub_id} from the hub ({first_line(error)}): run `sdopt run --model pocket`, "
             f"or time the bare architecture with `sdopt run --model {chosen.name} --weights random`"
         ) from error
 
@@ -256,16 +256,11 @@ def _from_folder(chosen, folder):
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder} ({_first_line(error)}): copy the folder again or repair it") from error
+        raise UserError(f"cannot load {folder} ({first_line(error)}): copy the folder again or repair it") from error
 
 
 def _from_pretrained(chosen, source, **where):
     return chosen.pipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **where, **chosen.extras)
-
-
-def _first_line(error):
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _random(chosen, device):

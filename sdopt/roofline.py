@@ -125,18 +125,21 @@ def ceilings(device: str, formats: Iterable[str] = ("float32",), side: int | Non
 
 
 def product_seconds(name: str, side: int, device: str, **timed) -> float:
-    """Seconds of a square matrix product in the format `name`: "float32", "TF32", "bfloat16", "float16" or "int8".
+    """Seconds of a square matrix product in the format `name`: "float32", "TF32", "bfloat16", "float16", "fp8" or "int8".
 
     `timed` goes to `kernel_seconds`, {"repeats": 3, "rounds": 9} where nothing else is said. Raises UserError for
     another name. Introduced in notebooks/10_the_whole_path.
     """
-    if name not in ("float32", "TF32", "bfloat16", "float16", "int8"):
-        raise UserError(f"no product is measured in {name}: use float32, TF32, bfloat16, float16 or int8")
+    if name not in ("float32", "TF32", "bfloat16", "float16", "fp8", "int8"):
+        raise UserError(f"no product is measured in {name}: use float32, TF32, bfloat16, float16, fp8 or int8")
     a, b = torch.randn(2, side, side, device=device)
     call = lambda: a @ b
     if name == "int8":
         a, b = ((20 * x).round().clamp(-127, 127).to(torch.int8) for x in (a, b))
         call = lambda: torch._int_mm(a, b.T)
+    elif name == "fp8":
+        one, a, b = torch.ones((), device=device), *(x.to(torch.float8_e4m3fn) for x in (a, b))
+        call = lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     elif name != "TF32":
         a, b = (x.to(getattr(torch, name)) for x in (a, b))
     before = torch.backends.cuda.matmul.allow_tf32

@@ -50,6 +50,17 @@ def pipe(request):
     return PIPELINES[request.param]()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run: interpreted on a CPU where there is no GPU, and on a GPU as they are compiled."""
+    from sdopt.kernels import launch
+
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("a GPU is there, and Triton compiles for it")
+    torch.manual_seed(0)
+    return request.param
+
+
 @pytest.fixture
 def fresh_compiler():
     """No graphs from tests before, none left for those after."""

@@ -6,19 +6,10 @@ import torch
 from sdopt.errors import UserError
 from sdopt.kernels import add_layer_norm, geglu, launch, to_float8
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
 HALF_A_STEP = 2.0**-4  # of e4m3, with 3 bits after the leading one
 HALF_OF_LAST = 2.0**-10  # where its powers of two end, steps are 2**-9
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("a GPU is there, and Triton compiles for it")
-    torch.manual_seed(0)
-    return request.param
 
 
 def random(shape, dtype, device):

@@ -18,21 +18,12 @@ from sdopt.engine import fp8, fused
 from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
-from sdopt.kernels import launch, to_float8
+from sdopt.kernels import to_float8
 from sdopt.kernels.to_float8 import Scaled
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 STEP, LAST = 2.0**-4, 2.0**-10
 SUMMED = 2.0**-10  # of the sum of absolute products: tensor cores add in fewer bits than float32 has; the result in bfloat16
 TYPICAL = STEP * sqrt(2 / 3)  # two factors, each off by up to STEP, evenly: what a sum of many products is off by
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("a GPU is there, and Triton compiles for it")
-    torch.manual_seed(0)
-    return request.param
 
 
 def exactly(scaled):

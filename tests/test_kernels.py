@@ -20,18 +20,9 @@ from sdopt.kernels import (
     upsample_conv,
 )
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMAGES = [(2, 64, 8, 8), (3, 60, 5, 9)]  # batch, channels, height, width
 ROWS = [(2, 7, 640), (3, 33), (1, 1)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("a GPU is there, and Triton compiles for it")
-    torch.manual_seed(0)
-    return request.param
 
 
 def random(shape, dtype, device, mean=0.0):

@@ -20,6 +20,7 @@ from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import as_run, drawn_with, prepare
 from sdopt.bench.walk import LIMIT_S, job_of, timed
+from sdopt.roofline import product_seconds
 
 SIDE = {"cuda": 8192, "cpu": 512}  # of the square products that are the ceiling
 
@@ -130,10 +131,5 @@ def _counted(call):
 
 def ceiling(device):
     """Trillions of operations a second of a square product: {"bfloat16"} and, where the GPU has it, {"fp8"}."""
-    side = SIDE[torch.device(device).type]
-    a, b = torch.randn(2, side, side, device=device)
-    ways = {"bfloat16": partial(torch.matmul, a.bfloat16(), b.bfloat16())}
-    if quantization.has_fp8(device):
-        one, c, d = torch.ones((), device=device), *(t.to(torch.float8_e4m3fn) for t in (a, b))
-        ways["fp8"] = lambda: torch._scaled_mm(c, d.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-    return {name: 2 * side**3 / timing.kernel_seconds(way, device, repeats=5) / 1e12 for name, way in ways.items()}
+    side, formats = SIDE[torch.device(device).type], ("bfloat16", *("fp8",) * quantization.has_fp8(device))
+    return {name: 2e-12 * side**3 / product_seconds(name, side, device, repeats=5, rounds=15) for name in formats}

@@ -27,7 +27,7 @@ from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 
 from sdopt.engine import plain
-from sdopt.errors import UserError
+from sdopt.errors import UserError, first_line
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
@@ -70,7 +70,7 @@ def check(unet: nn.Module, rounding: Rounding):
         product(few, few, new(32, DTYPE))
     except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
         raise UserError(
-            f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {_line(error)}"
+            f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {first_line(error)}"
         ) from error
 
 
@@ -211,7 +211,3 @@ def _fits(part):
 def scale_of(largest: torch.Tensor) -> torch.Tensor:
     """The one scale that numbers up to `largest` fit with: float32."""
     return largest.float().clamp(min=TINIEST) / LARGEST
-
-
-def _line(error):
-    return str(error).strip().splitlines()[0][:160]
