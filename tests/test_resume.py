@@ -28,6 +28,8 @@ def noted(out, what):
 def first_call(state, tell, job):
     noted(job.cache.parent, f"cold {job.recipe.id}")
     state["id"] = job.recipe.id
+    if job.artifacts:
+        results.write_whole(job.artifacts, b"")
     return {"prepare_s": 1.0, "first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}}
 
 
@@ -151,6 +153,19 @@ def test_a_row_that_failed_keeps_what_its_cold_call_cost(tmp_path):
     ledger.put({"id": "compile", "status": "failed: out of memory", "settings": {}, "first_calls": calls})
     begun = ledger.begun(ROWS[3])
     assert begun["first_calls"] == calls and begun["status"] == NOT_TIMED and not ledger.is_done("compile")
+
+
+def test_without_its_cache_a_row_is_compiled_again_and_keeps_what_its_first_call_took(tmp_path):
+    ledger = Ledger(tmp_path / "s.json", HEAD, ORDER, resume=True)
+    ledger.put({"id": "compile", "status": NOT_TIMED, "settings": {}, "first_calls": {"cold_s": 1800.0}})
+    job = walk.job_of(ROWS[3], SHARED, Judge(SHARED), "cpu", tmp_path / "cache")
+    with pytest.MonkeyPatch.context() as patch, process.Fresh(CPU, ahead=False) as fresh:
+        patch.setattr(walk, "first_call", first_call)
+        for _ in range(2):
+            row = ledger.begun(ROWS[3])
+            walk.compile_first(ledger, row, fresh, job, lambda phase: None, 60)
+            assert row["first_calls"] == {"cold_s": 1800.0}
+    assert (tmp_path / "log.txt").read_text() == "cold compile\n", "then its export is at hand"
 
 
 def test_one_file_is_measured_into_by_one_process_of_one_command(tmp_path):

@@ -7,7 +7,7 @@ from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import draw_timed, finish, first_call, give_back, settle
-from sdopt.bench.walk import LIMIT_S, cold, job_of, timed
+from sdopt.bench.walk import LIMIT_S, compile_first, job_of, timed
 from sdopt.timing import latency
 
 
@@ -52,9 +52,7 @@ def _ready(ledger, job, fresh, workers, tell, limit_s):
     recipe = job.recipe
     row = ledger.begun(recipe)
     try:
-        if recipe.compiles and "first_calls" not in row:
-            row["first_calls"] = cold(fresh, job, tell, limit_s)
-            ledger.put(row)
+        compile_first(ledger, row, fresh, job, tell, limit_s)
         worker = fresh.take()
         try:
             first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)

@@ -68,9 +68,7 @@ def _measured(ledger, fresh, job, tell, limit_s):
     recipe, images = job.recipe, None
     row = ledger.begun(recipe)
     try:
-        if job.cache and recipe.compiles and "first_calls" not in row:
-            row["first_calls"] = cold(fresh, job, tell, limit_s)
-            ledger.put(row)
+        compile_first(ledger, row, fresh, job, tell, limit_s)
         numbers, images = fresh.call(measure, job, on_phase=tell, limit_s=limit_s)
         row |= timed(row, numbers, job) | {"status": "ok"}
     except process.RowFailed as failure:
@@ -82,6 +80,18 @@ def job_of(recipe, shared, judge, device, cache=None):
     """The job of a row: its recipe, and the task that all rows share."""
     task = {key: shared[key] for key in SHARED}
     return Job(recipe, device=device, prompts=judge.prompts, seeds=judge.seeds, cache=cache, **task)
+
+
+def compile_first(ledger, row, fresh, job, tell, limit_s):
+    """Give `row`, if it compiles, its "first_calls", and see that the next call of its job finds everything compiled.
+
+    Where neither the cache nor its export has come along, on another machine that is, it is compiled once more; what the
+    first call took stays as it was measured then.
+    """
+    if job.artifacts and not ("first_calls" in row and job.artifacts.exists()):
+        calls = cold(fresh, job, tell, limit_s)
+        row.setdefault("first_calls", calls)
+        ledger.put(row)
 
 
 def cold(fresh, job, tell, limit_s):

@@ -3,6 +3,7 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 import triton
@@ -12,31 +13,42 @@ from sdopt.errors import UserError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
 THREADS = 16
-_ahead = ContextVar("ahead", default=False)  # whether kernels are compiled and not started
+_ahead = ContextVar("ahead", default=None)  # a list while kernels are compiled and not started: of these
 
 
 def start(kernel, grid: tuple[int, ...], *arguments, **settings):
     """Start the programs of `grid`; compiled when its like has not been started before. See `compile_ahead`."""
-    if _ahead.get():
-        kernel.warmup(*arguments, grid=grid, **settings)
-    else:
+    ahead = _ahead.get()
+    if ahead is None:
         kernel[grid](*arguments, **settings)
+    else:
+        ahead.append(kernel.warmup(*arguments, grid=grid, **settings))
 
 
 def compile_ahead(call):
     """Run `call()` with no kernel started, and compile those it would have started: many at once, not one after another.
 
-    One takes some 0.3 s. What `call` computes holds anything. Nothing happens where kernels are interpreted, or by a Triton
-    that has no AsyncCompileMode.
+    One takes some 0.3 s, and as long again the C function that starts it, which Triton leaves for the first start. What `call`
+    computes holds anything. Nothing happens where kernels are interpreted, or by a Triton that has no AsyncCompileMode.
     """
     if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
         return
-    token = _ahead.set(True)
+    kernels = []
+    token = _ahead.set(kernels)
     try:
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
-            call()
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
+            with triton.AsyncCompileMode(threads):
+                call()
+            if kernels:
+                list(threads.map(partial(_load, torch.cuda.current_device()), set(kernels)))
     finally:
         _ahead.reset(token)
+
+
+def _load(device, kernel):
+    """What is left to do at a kernel's first start: its C function, and the driver's copy on `device`, a thread's own matter."""
+    with torch.cuda.device(device):
+        return (kernel.result() if hasattr(kernel, "result") else kernel).run
 
 
 def check(kernel: str, x: torch.Tensor, **others: torch.Tensor | None):
