@@ -96,10 +96,10 @@ def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
     x = hidden_states.contiguous(memory_format=torch.channels_last)
-    h, pending = _projected(model.proj_in, _tokens(model.norm, x)), None
+    h, last = _projected(model.proj_in, _tokens(model.norm, x)), None
     for block in model.transformer_blocks:
-        h, pending = _transformer_block(block, h, pending, encoder_hidden_states)
-    out = _added_to(x, _projected(model.proj_out, h + pending))
+        h, *last = _transformer_block(block, h, last and last[0](last[1]), encoder_hidden_states)
+    out = _added_to(x, _ended(model, h, *last))
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
@@ -126,14 +126,29 @@ def _exact_product(a, b):
 
 
 def _transformer_block(block, h, pending, text):
-    """(residual, what is still to be added to it) after a block, from the same before it."""
+    """What is to be summed after a block: its residual, and its last layer of the tensor that comes third.
+
+    From the same two summands, `h` and `pending`, before it.
+    """
     layers = block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]
     own, cross, wide, narrow = (_rounded(layer, h.shape[:-1].numel()) for layer in layers)
     h, n = _added(h, pending, block.norm1, own)
     h, n = _added(_attended(block.attn1, n, None, own), h, block.norm2, cross)
     h, n = _added(_attended(block.attn2, n, text, cross), h, block.norm3, wide)
     gated = geglu((wide or layers[2])(n), narrow and narrow.takes)
-    return h, (narrow or layers[3])(gated)
+    return h, narrow or layers[3], gated
+
+
+def _ended(model, h, layer, gated):
+    """The projection after a model's blocks, of the sum of `h` and the last block's last `layer`.
+
+    Where that layer's bias is in the projection's, a product adds itself to `h`, which nothing else needs: no sum apart.
+    """
+    bias = once.bias_after(model, layer)
+    if bias is None:
+        return _projected(model.proj_out, h + layer(gated))
+    h.flatten(0, 1).addmm_(gated.flatten(0, 1), layer.weight.t())
+    return linear(h, model.proj_out.weight.flatten(1), bias)
 
 
 def _rounded(layer, rows):

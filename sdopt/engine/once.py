@@ -1,5 +1,6 @@
 """What stays as it is from step to step, computed once: the prompt's keys and values, the upsamplers' folded weights; and
-products of the same input as one: all time projections, and a self-attention's query, key and value.
+products of the same input as one: all time projections, and a self-attention's query, key and value; and the bias of a
+model's last block in that of the projection after it.
 
 `Once` holds it, and the blocks of `fused` take it from there while `using` lasts. What it holds was computed from weights, so
 it is computed again for every picture: weights that were changed in place show in the next.
@@ -20,14 +21,16 @@ class Once:
     """For one UNet: `resnets`, its residual blocks, `layers`, those that look at the prompt, and its `upsamplers`.
 
     `keys_and_values(layer, text)` is how a layer's are made. `selves`: self-attention layers whose three projections
-    can be joined. `rounded`: {module: what stands for it in e4m3} (see `fp8`), which rounds by itself. Introduced in
+    can be joined. `rounded`: {module: what stands for it in e4m3} (see `fp8`), which rounds by itself. `ends`:
+    {Transformer2DModel: (its last block's last layer, the projection after it)}, whose biases can be one. Introduced in
     notebooks/12_cuda_graphs.
     """
 
-    def __init__(self, resnets, layers, upsamplers, keys_and_values, selves=(), rounded=None):
+    def __init__(self, resnets, layers, upsamplers, keys_and_values, selves=(), rounded=None, ends=None):
         self.layers, self._keys_and_values, self.rounded = layers, keys_and_values, {} if rounded is None else rounded
         self.upsamplers, self.quarters = upsamplers, {}
         self.selves, self.joined = list(selves), {}
+        self.ends, self.biases = ends or {}, {}
         self.resnets = [block for block in resnets if type(block.time_emb_proj) is nn.Linear]
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
@@ -51,6 +54,9 @@ class Once:
         for block in self.upsamplers:
             new = folded(block.conv.weight)
             self.quarters[block] = self.quarters[block].copy_(new) if block in self.quarters else new
+        for model, (layer, after) in self.ends.items():
+            new = torch.addmv(after.bias, after.weight.flatten(1), layer.bias)
+            self.biases[model] = self.biases[model].copy_(new) if model in self.biases else new
         for layer in self.selves:
             weights = [part.weight for part in (layer.to_q, layer.to_k, layer.to_v)]
             if layer in self.joined:
@@ -109,6 +115,12 @@ def rounded(part, rows):
     """What stands for a layer in e4m3, if its weights have been rounded and it is worth it for so many rows."""
     layer = _now[0].rounded.get(part) if _now else None
     return layer if layer and layer.pays(rows) else None
+
+
+def bias_after(model, layer):
+    """The bias of the projection after a model's blocks with that of `layer`, its last, in it, if there is one."""
+    held = _now[0] if _now else None
+    return held.biases[model] if held and model in held.biases and held.ends[model][0] is layer else None
 
 
 def quarters(block):

@@ -71,6 +71,13 @@ def transformer(model):
     )
 
 
+def ends(model):
+    """(the last layer of the last block of `model`, the projection after it) if both are products with a bias, or None."""
+    pair = model.transformer_blocks[-1].ff.net[2], model.proj_out
+    known = is_stock(*pair) and type(pair[0]) is nn.Linear and type(pair[1]) in (nn.Linear, nn.Conv2d)
+    return pair if known and None not in (pair[0].bias, pair[1].bias) else None
+
+
 def transformer_block(block):
     norms = (block.norm1, block.norm2, block.norm3)
     return (

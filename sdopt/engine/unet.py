@@ -95,17 +95,14 @@ class _Entry:
 
 def _held(unet, rounding):
     resnets = [m for m in unet.modules() if type(m) is ResnetBlock2D and plain.resnet(m)]
-    blocks = [
-        block
-        for model in unet.modules()
-        if type(model) is Transformer2DModel and plain.transformer(model)
-        for block in model.transformer_blocks
-    ]
+    transformers = [m for m in unet.modules() if type(m) is Transformer2DModel and plain.transformer(m)]
+    blocks = [block for model in transformers for block in model.transformer_blocks]
     layers = [block.attn2 for block in blocks if plain.attention(block.attn2)]
     rounded = fp8.layers(blocks, rounding)
     selves = [block.attn1 for block in blocks if plain.joinable(block.attn1) and block.attn1 not in rounded]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
-    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves, rounded)
+    ends = {model: pair for model in transformers if (pair := plain.ends(model))}
+    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves, rounded, ends)
 
 
 def _named(sample, timestep, text, args, kwargs):
