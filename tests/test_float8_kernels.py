@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, geglu, launch, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, launch, to_float8
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
@@ -122,6 +122,34 @@ def test_references_agree_with_the_kernels(device):
         assert (double(ours) - double(right)).square().mean() < 1e-3 * double(right).square().mean()
 
 
+CONVOLUTIONS = [(2, 32, 5, 9, 48), (1, 16, 8, 8, 16), (3, 80, 4, 6, 130), (2, 272, 3, 3, 128), (1, 48, 1, 1, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv_float8(device, dtype, shape):
+    """Images of which no side is a tile's, several one after the other, each with borders of its own."""
+    batch, channels, high, wide, outputs = shape
+    x = 3 * random((batch, channels, high, wide), dtype, device)
+    weight = random((outputs, channels, 3, 3), dtype, device)
+    x, weight = conv_float8.bordered(x, torch.tensor(0.03, device=device)), conv_float8.rounded(weight)
+    ours, exact = conv_float8.conv_float8(x, weight, dtype), conv_float8.reference(x, weight)
+    assert ours.dtype is dtype and ours.shape == exact.shape == (batch, outputs, high, wide)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    # a tensor core's own sums keep 14 bits or so; what is summed here cancels to a hundredth of it
+    step = torch.finfo(dtype).eps * exact.abs() + (2**-10 if ours.is_cuda else 1e-6) * exact.abs().max()
+    assert ((ours.double() - exact).abs() <= step).all()
+
+
+def test_a_convolution_in_e4m3_is_the_convolution_but_for_rounding(device):
+    x = random((2, 64, 6, 7), torch.float32, device)
+    weight = random((32, 64, 3, 3), torch.float32, device)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    rounded = conv_float8.bordered(x, x.abs().max() / 448), conv_float8.rounded(weight)
+    off = conv_float8.conv_float8(*rounded, torch.float32) - exact
+    assert off.square().mean() < (2**-4 * (2 / 3) ** 0.5) ** 2 * exact.square().mean(), "half a step of each factor"
+
+
 def test_bytes_are_counted():
     x = torch.empty(3, 64, dtype=torch.bfloat16)
     assert to_float8.bytes_moved(x) == 3 * 64 * 3 + 12
@@ -129,7 +157,17 @@ def test_bytes_are_counted():
     assert add_layer_norm.bytes_moved(x, x, x, x, 1e-5, "row") == 3 * 64 * 7 + 12
 
 
+def wrong_convolution(x=(1, 3, 3, 32), weight=(16, 288), scale=(16, 1), dtype=torch.float8_e4m3fn):
+    x = to_float8.Scaled(torch.ones(x).to(dtype), torch.ones(()))
+    return conv_float8.conv_float8(x, to_float8.Scaled(torch.ones(weight).to(torch.float8_e4m3fn), torch.ones(scale)))
+
+
 WRONG = {
+    "channels": (lambda: wrong_convolution((1, 3, 3, 8), (16, 72)), "8 channels are no multiple of 16"),
+    "no image": (lambda: wrong_convolution((3, 3, 32)), "weight has shape"),
+    "weights": (lambda: wrong_convolution(weight=(16, 32)), r"weight has shape \[16, 32\], \[16, 288\] was expected"),
+    "their scales": (lambda: wrong_convolution(scale=()), "the scale of weight has shape"),
+    "not rounded": (lambda: wrong_convolution(dtype=torch.float32), "round both to e4m3"),
     "scales": (lambda: to_float8.to_float8(torch.ones(4, 8), "column"), "unknown scales 'column'"),
     "two scales": (lambda: geglu.geglu(torch.ones(4, 8), torch.ones(2)), "one float32 number"),
     "half a scale": (lambda: geglu.geglu(torch.ones(4, 8), torch.tensor(1.0).half()), "one float32 number"),

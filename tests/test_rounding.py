@@ -39,6 +39,17 @@ def test_every_layer_of_a_transformer_is_timed_with_what_rounds_for_it(monkeypat
         assert set(row["seconds"]) == products | before and min(row["seconds"].values()) > 0
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
+@torch.no_grad()
+def test_convolutions_are_timed_in_both_formats(monkeypatch):
+    monkeypatch.setattr(study, "CACHE", 0)
+    (row,) = study.convolutions("cpu", {"tiny": ((4, 16, 32),)}, samples=1, repeats=1, rounds=1)
+    assert {key: row[key] for key in ("model", "samples", "lines", "inputs", "outputs")} == {
+        "model": "tiny", "samples": 1, "lines": 4, "inputs": 16, "outputs": 32
+    }  # fmt: skip
+    assert set(row["seconds"]) == {"bf16", "e4m3"} and min(row["seconds"].values()) > 0
+
+
 def made_up(size, bf16, row, before=(1.0, 1.0)):
     seconds = {"bf16": bf16, "row": row, "pass_row": 5.0, "before_bf16": before[0], "before_row": before[1]}
     return {"rows": size, "inputs": 16, "outputs": 16, "before": "geglu", "seconds": seconds}

@@ -263,6 +263,7 @@ def _fp8(options, head, device):
     head |= {"study": options.study, "settings": {"dtype": "bfloat16"}}
     if options.study == "fp8-shapes":
         found = {"products": throughput.ceiling(device), "shapes": rounding.shapes(device)}
+        found |= {"convolutions": rounding.convolutions(device)}
         found |= {"fewest": {way: rounding.fewest(found["shapes"], way) for way in ("row", "tensor")}}
     else:
         found = rounding.errors(device)

@@ -3,7 +3,7 @@
 import statistics
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
@@ -11,7 +11,7 @@ from sdopt import attention, compilation, drawing, engine, intervals, models, pr
 from sdopt.bench.fusions import CACHE, in_turn
 from sdopt.engine import fp8
 from sdopt.fp8figures import whole
-from sdopt.kernels import add_layer_norm, geglu, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, to_float8
 from sdopt.pocket.captions import test_prompts
 
 # Positions of a sample and their width, at each level with transformers; a guided step has two samples, after a cutoff one.
@@ -23,6 +23,13 @@ LAYERS = {
     "feed-forward 1": (1, 8, True, add_layer_norm),
     "feed-forward 2": (4, 1, True, geglu),
     "output": (1, 1, True, None),
+}
+# Lines of an image, and channels in and out, of the 3x3 convolutions of residual blocks.
+CONVOLUTIONS = {
+    "sdxl": ((128, 320, 320), (128, 640, 320), (128, 960, 320), (64, 640, 640), (64, 1280, 640), (64, 1920, 640))
+    + ((32, 1280, 1280), (32, 1920, 1280), (32, 2560, 1280)),
+    "sd15": ((64, 320, 320), (64, 640, 320), (64, 960, 320), (32, 640, 640), (32, 1280, 640), (16, 1280, 1280))
+    + ((16, 2560, 1280), (8, 1280, 1280), (8, 2560, 1280)),
 }
 SIZES = sorted({(n * positions, width) for levels in LEVELS.values() for positions, width in levels for n in (1, 2)})
 WAYS = {  # how a pipeline in bf16 is drawn with: what `engine.prepare` is asked for, None for nothing
@@ -81,6 +88,30 @@ def _seconds(device, size, biased, kernel, timed):
         turns = in_turn(way, [(one,) for one in given])
         seconds[f"before_{name}"] = timing.kernel_seconds(turns, device, **timed)
     return seconds
+
+
+def convolutions(device, sizes=CONVOLUTIONS, samples=2, **timed):
+    """Seconds of each convolution in bf16, cuDNN having tried its kernels, and in e4m3 without what rounds: {"bf16", "e4m3"}."""
+    found = []
+    for model, shapes in sizes.items():
+        for lines, inputs, outputs in tqdm(shapes, desc=f"fp8 convolutions, {model}"):
+            shape = {"model": model, "samples": samples, "lines": lines, "inputs": inputs, "outputs": outputs}
+            found.append(shape | {"seconds": _convolved(device, samples, lines, inputs, outputs, timed)})
+    return found
+
+
+def _convolved(device, samples, lines, inputs, outputs, timed):
+    new = lambda *shape: torch.randn(shape, device=device).to(fp8.DTYPE).to(memory_format=torch.channels_last)
+    sets = []
+    for _ in range(1 + min(15, CACHE // (2 * samples * lines**2 * (inputs + outputs)))):
+        x, weight = new(samples, inputs, lines, lines), new(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5
+        sets.append((x, weight, conv_float8.bordered(x, torch.tensor(0.02, device=device)), conv_float8.rounded(weight)))
+    ways = {
+        "bf16": lambda x, weight, *_: conv2d(x, weight, padding=1),
+        "e4m3": lambda x, weight, *rounded: conv_float8.conv_float8(*rounded),
+    }
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        return {name: timing.kernel_seconds(in_turn(way, sets), device, **timed) for name, way in ways.items()}
 
 
 def fewest(rows, way="row"):

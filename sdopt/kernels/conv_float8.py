@@ -1,0 +1,107 @@
+"""A 3x3 convolution in e4m3 on tensor cores, as one product whose rows are an image's positions.
+
+    out[b, y, x, n] = scale_x * scale_w[n] * sum over dy, dx, c of X[b, y + dy, x + dx, c] * W[n, dy, dx, c],  dy, dx in -1, 0, 1
+
+Positions lie one after the other with a row and a column of zeros after each image: a step to a neighbour is then the same
+number of positions everywhere, dy * (width + 1) + dx, for what is left of a line is the end of the line before, and what is
+above an image the end of the image before. So the nine neighbours of a tile of positions are nine tiles of the same matrix,
+shifted, and the convolution is a product of [positions, 9 * channels] by [9 * channels, outputs] that is never written out.
+
+Operations: 2 * 9 * positions * channels * outputs, plus those for the zeros (6 % of an image of 32 lines, 2 % of one of 128).
+One scale for the whole input: a position is summed with its neighbours, which a scale of its own would not survive.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sdopt.errors import UserError
+from sdopt.kernels import launch
+from sdopt.kernels.to_float8 import E4M3, Scaled, to_float8
+
+NAME = "conv_float8"
+ALIGNED = 16  # bytes: positions must begin at multiples of it to be fetched a tile at a time
+# Positions and outputs of a tile, channels at a step, warps, steps that are loaded ahead.
+TILE, FEW_OUTPUTS = (128, 128, 128, 8, 4), (128, 64, 64, 4, 6)
+
+
+def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16, tile: tuple | None = None) -> torch.Tensor:
+    """`x`: `bordered`'s, values [batch, height + 1, width + 1, channels]; `weight`: `rounded`'s, values [outputs, 9 * channels].
+
+    Returns [batch, outputs, height, width] of `dtype` in channels_last memory, without a bias; summed by tensor cores as
+    torch._scaled_mm does with `use_fast_accum`. `tile`: as TILE, None: by the number of outputs. Raises UserError for other
+    shapes, layouts or dtypes, and for channels that are no multiple of 16.
+    """
+    launch.check_shape(NAME, "the input", x.values, tuple(x.values.shape))
+    batch, high, wide, channels = x.values.shape if x.values.ndim == 4 else (0, 0, 0, 0)
+    outputs = weight.values.shape[0]
+    launch.check_shape(NAME, "weight", weight.values, (outputs, 9 * channels))
+    launch.check_shape(NAME, "the scale of weight", weight.scale, (outputs, 1))
+    launch.check_shape(NAME, "the input's scale", x.scale, ())
+    launch.check(NAME, x.scale, **{"the input": x.values, "weight": weight.values, "the scale of weight": weight.scale})
+    if not x.values.dtype == weight.values.dtype == E4M3:
+        raise UserError(f"{NAME}: the input is of {x.values.dtype}, the weights of {weight.values.dtype}: round both to e4m3")
+    if not channels or channels % ALIGNED:
+        raise UserError(f"{NAME}: {channels} channels are no multiple of {ALIGNED}")
+    shape = batch, outputs, high - 1, wide - 1
+    out = torch.empty(shape, dtype=dtype, device=x.values.device, memory_format=torch.channels_last)
+    rows = batch * high * wide
+    tall, across, deep, warps, stages = tile or (TILE if outputs % TILE[1] == 0 else FEW_OUTPUTS)
+    tiles = TensorDescriptor.from_tensor
+    launch.start(
+        _conv,
+        (triton.cdiv(rows, tall) * triton.cdiv(outputs, across),),
+        *(tiles(x.values.view(rows, channels), [tall, deep]), tiles(weight.values, [across, deep])),
+        *(out, x.scale, weight.scale, rows, high, wide, channels, outputs, tall, across, deep, launch.INTERPRETED),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out
+
+
+def bordered(x: torch.Tensor, scale: torch.Tensor) -> Scaled:
+    """An image [batch, channels, height, width] in e4m3 with one `scale`, a row and a column of zeros after it.
+
+    In three passes, by PyTorch and `to_float8`.
+    """
+    positions = torch.nn.functional.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1).contiguous()
+    return to_float8(positions, scale)
+
+
+def rounded(weight: torch.Tensor) -> Scaled:
+    """The weights of a 3x3 convolution, [outputs, channels, 3, 3], in e4m3 with a scale an output."""
+    return to_float8(weight.permute(0, 2, 3, 1).flatten(1).contiguous())
+
+
+def reference(x, weight):
+    """What `conv_float8` computes, by PyTorch, in float64."""
+    image = (x.values.double() * x.scale).permute(0, 3, 1, 2)[:, :, :-1, :-1]
+    kernel = (weight.values.double() * weight.scale).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+    return torch.nn.functional.conv2d(image, kernel, padding=1)
+
+
+@triton.jit
+def _conv(
+    x, weight, out, x_scale, scales, rows, high, wide, channels, outputs,
+    TALL: tl.constexpr, ACROSS: tl.constexpr, DEEP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(outputs, ACROSS)
+    row, column = tl.program_id(0) // tiles * TALL, tl.program_id(0) % tiles * ACROSS
+    sums = tl.zeros([TALL, ACROSS], tl.float32)
+    # the nine neighbours of some channels one after the other: they are mostly the same numbers, still in the GPU's cache
+    for step in range(9 * tl.cdiv(channels, DEEP)):
+        first, neighbour = step // 9 * DEEP, step % 9
+        away = (neighbour // 3 - 1) * wide + neighbour % 3 - 1
+        # before the first position and beyond the last there are zeros; channels beyond the last are zeros of x
+        some, weights = x.load([row + away, first]), weight.load([column, neighbour * channels + first])
+        if EXACT:  # the interpreter takes e4m3 for integers
+            some, weights = some.to(tl.float32), weights.to(tl.float32)
+        sums = tl.dot(some, weights.T, sums)
+    position, output = row + tl.arange(0, TALL), column + tl.arange(0, ACROSS)
+    real = output < outputs
+    sums *= (tl.load(x_scale) * tl.load(scales + output, real, 0.0))[None, :]
+    image, line, place = position // (high * wide), position // wide % high, position % wide
+    inside = (position < rows) & (line < high - 1) & (place < wide - 1)
+    at = ((image * (high - 1) + line) * (wide - 1) + place).to(tl.int64)[:, None] * outputs + output[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), inside[:, None] & real[None, :])
