@@ -40,6 +40,9 @@ def take_turns(
             for i, worker in workers.items():
                 progress(shared["runs"], f"{i}: a last look")
                 _finish(ledger, jobs[i], worker, limit_s)
+            for worker in workers.values():  # while nothing is timed, and all at once
+                worker.let_go()
+            for worker in workers.values():
                 worker.close()
         finally:
             for worker in workers.values():

@@ -82,9 +82,13 @@ class Worker:
         self.stop()
         raise RowFailed(f"stopped after {limit_s:.0f} s")
 
+    def let_go(self):
+        """Ask no more of the process, which ends by itself."""
+        self._here.close()
+
     def close(self):
         """Let the process end by itself, which takes it a moment to put its things away."""
-        self._here.close()
+        self.let_go()
         self._process.join(GRACE_S)
         self.stop()
 
