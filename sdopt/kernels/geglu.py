@@ -19,6 +19,7 @@ from sdopt.kernels import launch, to_float8
 from sdopt.kernels.to_float8 import Scaled, in_e4m3
 
 NAME = "geglu"
+LONGEST = 16384  # numbers of a row that a program can hold
 
 
 def geglu(x: torch.Tensor, scales: str | torch.Tensor | None = None) -> torch.Tensor | Scaled:
@@ -39,8 +40,8 @@ def geglu(x: torch.Tensor, scales: str | torch.Tensor | None = None) -> torch.Te
     if not (rows and half):
         return out
     if isinstance(scales, str):
-        if half > to_float8.LONGEST:
-            raise UserError(f"{NAME} takes up to {to_float8.LONGEST} numbers a row for a scale each, not {half}")
+        if half > LONGEST:
+            raise UserError(f"{NAME} takes up to {LONGEST} numbers a row for a scale each, not {half}")
         wide = triton.next_power_of_2(half + 1) // 2
         rest = triton.next_power_of_2(half - wide) if half > wide else 0
         tall = max(1, min(4, 2048 // wide))

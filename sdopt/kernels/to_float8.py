@@ -25,7 +25,7 @@ NAME = "to_float8"
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 TINIEST = 2.0**-100  # a row's largest number counts as no less: the scale of a row of zeros has an inverse, too
-LONGEST = 16384  # numbers of a row that a program can hold
+LONGEST = 32768  # numbers of a row that a program can hold
 CAPABILITY = (8, 9)
 INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
@@ -58,7 +58,7 @@ def to_float8(x: torch.Tensor, scales: str | torch.Tensor = "row", out: Scaled |
         launch.start(
             _to_float8,
             (triton.cdiv(rows, tall),),
-            x, *out, rows, wide, tall, size, isinstance(scales, str), num_warps=4 if size * tall <= 4096 else 8
+            x, *out, rows, wide, tall, size, isinstance(scales, str), num_warps=4 if size * tall <= 4096 else 8 if size <= 16384 else 16
         )
     return out
 
