@@ -4,7 +4,8 @@
 
 Operations: 4 * rows * inputs * n, on tensor cores. In two kernels the product writes 2n numbers a row and GEGLU reads them
 again: these 4 * rows * n * itemsize bytes never leave the multiprocessor here, since a program computes a tile of values and
-the same tile of gates, two products of one tile of x, and gates while both are in its registers. Bytes that stay: x, the
+the same tile of gates, side by side as one product of a tile of x, and gates while both are in its registers. The weights are
+fetched as what they are, two matrices [n, inputs] one after the other: a tile is the same rows of both. Bytes that stay: x, the
 weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost.
 """
 
@@ -17,8 +18,9 @@ from sdopt.errors import UserError
 from sdopt.kernels import launch
 
 NAME = "linear_geglu"
-# Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead.
-TILE, FEW_ROWS = (128, 128, 64, 8, 4), (64, 64, 64, 4, 4)
+# Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead. A tensor core's widest product has 256
+# columns: 128 values and their gates.
+TILE, FEW_ROWS = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4)
 TOGETHER = 8  # tiles of rows whose programs run at about the same time, and share weights in the GPU's cache
 FEW = 1024  # rows up to which large tiles would leave multiprocessors idle
 ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
@@ -43,14 +45,15 @@ def linear_geglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     if not out.numel():
         return out
     rows = out.numel() // outputs
-    tall, wide, deep, warps, stages = TILE if rows > FEW else FEW_ROWS
+    tall, wide, deep, warps, stages = TILE if rows > FEW and x.dtype is not torch.float32 else FEW_ROWS
     if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
     tiles = TensorDescriptor.from_tensor
+    halves = weight.view(2, outputs, inputs)
     launch.start(
         _linear_geglu,
         (triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),),
-        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(weight, [wide, deep]), bias),
+        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), rows, outputs, inputs),
         *(tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
         num_warps=warps,
@@ -83,15 +86,13 @@ def _linear_geglu(
     high = tl.minimum(down - first, TOGETHER)
     row = (first + program % band % high) * TALL
     column = program % band // high * WIDE
-    values = tl.zeros([TALL, WIDE], tl.float32)
-    gates = tl.zeros([TALL, WIDE], tl.float32)
+    both = tl.zeros([TALL, 2 * WIDE], tl.float32)
     for k in range(0, inputs, DEEP):
-        some, of_values, of_gates = x.load([row, k]), weight.load([column, k]), weight.load([outputs + column, k])
+        some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
         if EXACT:  # float32 without TF32; and the interpreter takes bfloat16 for integers
-            some, of_values, of_gates = some.to(tl.float32), of_values.to(tl.float32), of_gates.to(tl.float32)
-        values = tl.dot(some, of_values.T, values, input_precision="ieee")
-        gates = tl.dot(some, of_gates.T, gates, input_precision="ieee")
-    # a last tile's rows of the weights beyond its own are other outputs', and are not stored
+            some, of_both = some.to(tl.float32), of_both.to(tl.float32)
+        both = tl.dot(some, of_both.T, both, input_precision="ieee")
+    values, gates = both.reshape(TALL, 2, WIDE).permute(0, 2, 1).split()
     at = column + tl.arange(0, WIDE)
     values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
     gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
