@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from sdopt import drawing, quantization, timing
+from sdopt import drawing, quantization, roofline, timing
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import as_run, drawn_with, prepare
 from sdopt.bench.walk import LIMIT_S, job_of, timed
-from sdopt.roofline import product_seconds
 
 SIDE = {"cuda": 8192, "cpu": 512}  # of the square products that are the ceiling
 
@@ -124,12 +122,10 @@ def flops(pipe, task):
 
 @torch.no_grad()
 def _counted(call):
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+    return sum(roofline.totals(roofline.count(call))["flops"].values())
 
 
 def ceiling(device):
     """Trillions of operations a second of a square product: {"bfloat16"} and, where the GPU has it, {"fp8"}."""
     side, formats = SIDE[torch.device(device).type], ("bfloat16", *("fp8",) * quantization.has_fp8(device))
-    return {name: 2e-12 * side**3 / product_seconds(name, side, device, repeats=5, rounds=15) for name in formats}
+    return {name: 2e-12 * side**3 / roofline.product_seconds(name, side, device, repeats=5, rounds=15) for name in formats}
