@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, launch, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, group_norm, launch, to_float8
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
@@ -69,6 +69,23 @@ def test_geglu(device, dtype, shape, scales):
     x = 3 * random(shape, dtype, device)
     scales = torch.tensor(0.01, device=device) if scales == "all" else scales
     assert_rounded(geglu.geglu(x, scales), geglu.reference(x.double()), scales)
+
+
+@pytest.mark.parametrize("whole", [0, 2**20], ids=["three kernels", "one"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 60, 5, 9), (2, 96, 1, 1), (1, 64, 24, 40), (2, 80, 7, 1)], ids=str)
+def test_group_norm(device, dtype, shape, whole, monkeypatch):
+    """As a convolution reads it: a line and a column of zeros after each image."""
+    monkeypatch.setattr(group_norm, "WHOLE", whole)
+    x, groups = random(shape, dtype, device).to(memory_format=torch.channels_last), 5 if shape[1] % 32 else 32
+    weight, bias, shift = (random(s, dtype, device) for s in (shape[1], shape[1], shape[:2]))
+    scale = torch.tensor(0.02, device=device)
+    ours = group_norm.group_norm(x, groups, weight, bias, shift=shift, scale=scale)
+    exact = group_norm.reference(x.double(), groups, weight.double(), bias.double(), shift=shift.double())
+    assert ours.scale is scale and ours.values.shape == (shape[0], shape[2] + 1, shape[3] + 1, shape[1])
+    assert_rounded(ours, to_float8.with_borders(exact), scale)
+    assert (ours.values[:, -1].float() == 0).all() and (ours.values[:, :, -1].float() == 0).all()
+    assert group_norm.reference(x, groups, weight, bias, scale=scale).values.shape == ours.values.shape
 
 
 def test_a_row_of_zeros_and_one_of_the_tiniest_numbers(device):

@@ -17,6 +17,8 @@ several. Three kernels for the others, of which no program sees a whole group:
    these two numbers a channel: out = silu(x * scale + offset), with weight, bias, shift and statistics in them.
 3. apply: reads x again, one multiplication and one addition, SiLU, and writes. It goes from the end to the start, since
    what was read last may still be in the GPU's cache.
+
+What a convolution in e4m3 is to read (`conv_float8`) is written so, at no further pass: with zeros after each line and image.
 """
 
 import torch
@@ -25,6 +27,8 @@ import triton.language as tl
 
 from sdopt.errors import UserError
 from sdopt.kernels import launch
+from sdopt.kernels.to_float8 import Scaled, in_e4m3, place, with_borders
+from sdopt.kernels.to_float8 import reference as rounded
 
 NAME = "group_norm"
 CHANNELS = 64  # of a strip: 128 bytes of bfloat16, a cache line
@@ -42,12 +46,14 @@ def group_norm(
     eps: float = 1e-5,
     shift: torch.Tensor | None = None,
     silu: bool = True,
-) -> torch.Tensor:
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor | Scaled:
     """Group normalisation, by default with SiLU after it; an image in channels_last, in and out.
 
     `x`: [batch, channels, height, width], float32, float16 or bfloat16, channels_last; `weight`, `bias`: [channels];
     `shift`: [channels] or [batch, channels], added to `x` first; its rows may be parts of longer ones. Sums in float32;
-    the result has the dtype of `x`.
+    the result has the dtype of `x`. With a `scale`, one float32 number, it is a `Scaled` image for `conv_float8`, values
+    [batch, height + 1, width + 1, channels] of which the last line and column are zeros.
     Raises UserError for other shapes, layouts, dtypes, or a number of groups that does not divide the channels.
     Source: https://arxiv.org/abs/1803.08494. Introduced in notebooks/11_fused_kernels.
     """
@@ -61,7 +67,8 @@ def group_norm(
         launch.check_shape(NAME, name, tensor, (channels,))
     shared = shift is None or shift.ndim == 1
     launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
-    out = torch.empty_like(x)
+    out = (torch.empty_like(x), None) if scale is None else place(NAME, x, (batch, height + 1, width + 1, channels), scale)
+    written, rounds = (out[0], x if scale is None else scale), scale is not None
     size = channels // groups
     wide, high = triton.next_power_of_2(size), triton.next_power_of_2(rows)
     arguments = weight, bias, x if shift is None else shift
@@ -70,11 +77,11 @@ def group_norm(
         launch.start(
             _whole,
             (groups, batch),
-            *(x, out, *arguments, rows, channels, stride, eps),
-            *(size, high, wide, shift is not None, silu),
+            *(x, *written, *arguments, rows, width, channels, stride, eps),
+            *(size, high, wide, shift is not None, silu, triton.next_power_of_2(height + width + 1) if rounds else 0),
             num_warps=min(16, max(4, high * wide // 2**11)),
         )
-        return out
+        return out if rounds else out[0]
     tall, turns = _part(batch, rows, channels)
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
@@ -90,19 +97,20 @@ def group_norm(
     )
     launch.start(
         _apply,
-        (triton.cdiv(rows, tall), strips, batch),
-        *(x, out, lines, lines[1], rows, channels, tall, CHANNELS, silu),
+        (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall), strips, batch),
+        *(x, *written, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds),
         num_warps=4,
     )
-    return out
+    return out if rounds else out[0]
 
 
-def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True):
+def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True, scale=None):
     """What `group_norm` computes, by PyTorch, in the dtype of its arguments."""
     if shift is not None:
         x = x + shift.reshape(-1, x.shape[1], 1, 1)
     y = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
-    return torch.nn.functional.silu(y) if silu else y
+    y = torch.nn.functional.silu(y) if silu else y
+    return y if scale is None else rounded(with_borders(y), scale)
 
 
 def bytes_moved(x: torch.Tensor, groups: int, *_) -> int:
@@ -124,10 +132,10 @@ def _part(batch, rows, channels):
             return tall, turns
 
 
-@triton.jit(do_not_specialize=["rows", "shift_stride"])
+@triton.jit(do_not_specialize=["rows", "width", "shift_stride"])
 def _whole(
-    x, out, weight, bias, shift, rows, channels, shift_stride, eps,
-    SIZE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    x, out, of_all, weight, bias, shift, rows, width, channels, shift_stride, eps,
+    SIZE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     k, position = tl.arange(0, WIDE), tl.arange(0, TALL)
@@ -144,7 +152,17 @@ def _whole(
     y = off * scale[None, :] + tl.load(bias + channel, own, 0.0).to(tl.float32)[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+    if BORDER:
+        line, last = position // width, rows // width
+        start = out + batch.to(tl.int64) * (last + 1) * (width + 1) * channels + channel[None, :]
+        y = in_e4m3(y, 0.0, of_all, position, position < rows, False)
+        tl.store(start + (position + line)[:, None] * channels, y, inside)
+        n = tl.arange(0, BORDER)  # down the last column, then along the last line
+        edge = tl.where(n <= last, n * (width + 1) + width, last * (width + 1) + n - last - 1)
+        zeros = tl.zeros([BORDER, WIDE], tl.float32).to(out.dtype.element_ty)
+        tl.store(start + edge[:, None] * channels, zeros, (n <= last + width)[:, None] & own[None, :])
+    else:
+        tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -209,16 +227,27 @@ def _fold(
 
 
 @triton.jit
-def _apply(x, out, scales, offsets, rows, channels, TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr):
+def _apply(
+    x, out, of_all, scales, offsets, rows, width, channels,
+    TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, BORDERED: tl.constexpr,
+):  # fmt: skip
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     strip, batch = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     position, channel = tile * TALL + tl.arange(0, TALL), strip * WIDE + tl.arange(0, WIDE)
     real = channel < channels
     scale = tl.load(scales + batch * channels + channel, real, 0.0)
     offset = tl.load(offsets + batch * channels + channel, real, 0.0)
-    inside = (position < rows)[:, None] & real[None, :]
-    at = batch.to(tl.int64) * rows * channels + position[:, None] * channels + channel[None, :]
+    count, own, here = rows, position, position < rows
+    if BORDERED:
+        line, place, last = position // (width + 1), position % (width + 1), rows // width
+        count, own, here = (last + 1) * (width + 1), position - line, (line < last) & (place < width)
+    inside = here[:, None] & real[None, :]
+    at = batch.to(tl.int64) * rows * channels + own[:, None] * channels + channel[None, :]
     y = tl.load(x + at, inside, 0.0).to(tl.float32) * scale[None, :] + offset[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
+    if BORDERED:
+        y = in_e4m3(tl.where(inside, y, 0.0), 0.0, of_all, position, here, False)
+        at = batch.to(tl.int64) * count * channels + position[:, None] * channels + channel[None, :]
+        inside = (position < count)[:, None] & real[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), inside)

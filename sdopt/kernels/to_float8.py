@@ -75,6 +75,11 @@ def reference(x, scales="row"):
     return Scaled(wide.clamp(-LARGEST, LARGEST).to(E4M3), scale.float())
 
 
+def with_borders(x: torch.Tensor) -> torch.Tensor:
+    """An image [batch, channels, height, width] as `conv_float8` reads it: [batch, height + 1, width + 1, channels], zeros last."""
+    return torch.nn.functional.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1).contiguous()
+
+
 def bytes_moved(x: torch.Tensor, *_) -> int:
     """Bytes that must come and go: `x`, one a number, and a scale a row."""
     return x.numel() * (x.itemsize + 1) + x.numel() // x.shape[-1] * 4
