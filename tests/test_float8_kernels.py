@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, group_norm, launch, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, group_norm, launch, linear_geglu, to_float8
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
@@ -86,6 +86,35 @@ def test_group_norm(device, dtype, shape, whole, monkeypatch):
     assert_rounded(ours, to_float8.with_borders(exact), scale)
     assert (ours.values[:, -1].float() == 0).all() and (ours.values[:, :, -1].float() == 0).all()
     assert group_norm.reference(x, groups, weight, bias, scale=scale).values.shape == ours.values.shape
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+@pytest.mark.parametrize("scales", ["row", "all"])
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 7, 80), 48), ((300, 32), 144), ((1, 16), 16), ((0, 16), 16)], ids=str)
+def test_linear_geglu(device, shape, outputs, scales, rounds):
+    """A product of rounded numbers, gated, and rounded again, in one kernel; by what each number was rounded to."""
+    x, weight = random(shape, torch.float32, device), random((2 * outputs, shape[-1]), torch.float32, device)
+    bias, scale = random(2 * outputs, torch.bfloat16, device), torch.tensor(0.3, device=device)
+    of = [scales if scales == "row" else torch.tensor(0.01, device=device)] * 2
+    x, weight = (to_float8.to_float8(part, s) if part.numel() else to_float8.reference(part, torch.tensor(1.0, device=device))
+                 for part, s in zip((x, weight), of))  # fmt: skip
+    if not x.values.numel() and scales == "row":
+        x = to_float8.Scaled(x.values, torch.ones(0, 1, device=device))
+    wide = lambda part: part.values.double() * (part.scale.double().view(*part.values.shape[:-1], 1) if part.scale.ndim else part.scale)
+    exact = linear_geglu.reference(wide(x), wide(weight), bias.double())
+    ours = linear_geglu.linear_geglu(x, weight, bias, scale if rounds else None)
+    assert (ours.values if rounds else ours).shape == exact.shape
+    if not rounds:
+        off = (ours.double() - exact).abs()
+        assert ours.dtype is torch.bfloat16 and (off <= 2.0**-7 * exact.abs() + 2.0**-8 * exact.abs().amax(-1, True)).all()
+        return
+    rows = exact.numel() // outputs
+    assert ours.scale.shape == ((rows, 1) if scales == "row" else ()) and (ours.scale == scale).all()
+    if rows:
+        close = linear_geglu.linear_geglu(x, weight, bias).double()  # before it is rounded, but to bfloat16
+        inside = close.clamp(-448 * 0.3, 448 * 0.3)
+        off = (ours.values.double() * scale.double() - inside).abs()
+        assert (off <= (HALF_A_STEP + 2.0**-8) * inside.abs() * 1.07 + HALF_OF_LAST * 0.3).all()
 
 
 def test_a_row_of_zeros_and_one_of_the_tiniest_numbers(device):
