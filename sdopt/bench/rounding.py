@@ -11,7 +11,7 @@ from sdopt import attention, compilation, drawing, engine, intervals, models, pr
 from sdopt.bench.fusions import CACHE, in_turn
 from sdopt.engine import fp8
 from sdopt.fp8figures import whole
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, to_float8
 from sdopt.pocket.captions import test_prompts
 
 # Positions of a sample and their width, at each level with transformers; a guided step has two samples, after a cutoff one.
@@ -24,6 +24,7 @@ LAYERS = {
     "feed-forward 2": (4, 1, True, geglu),
     "output": (1, 1, True, None),
 }
+GATED = "feed-forward 1"
 # Lines of an image, and channels in and out, of the 3x3 convolutions of residual blocks.
 CONVOLUTIONS = {
     "sdxl": ((128, 320, 320), (128, 640, 320), (128, 960, 320), (64, 640, 640), (64, 1280, 640), (64, 1920, 640))
@@ -44,6 +45,7 @@ PICTURES, AT_ONCE = 64, 16
 def shapes(device, sizes=SIZES, **timed):
     """Seconds of each layer at each size: its product in bf16 and in fp8 with scales a row and a tensor, and what rounds.
 
+    "gated", of a feed-forward's first half: with GEGLU in the same kernel, which in fp8 writes e4m3 by one scale.
     "before": the kernel before it, writing bf16 or e4m3; "pass": rounding apart, where there is no such kernel or for who
     would do without. Inputs take turns, several times a GPU's cache. `timed` goes to `timing.kernel_seconds`.
     """
@@ -52,11 +54,11 @@ def shapes(device, sizes=SIZES, **timed):
         for layer, (inputs, outputs, biased, kernel) in LAYERS.items():
             size = rows, inputs * width, outputs * width
             row = {"layer": layer, "rows": size[0], "inputs": size[1], "outputs": size[2], "before": kernel and kernel.NAME}
-            found.append(row | {"seconds": _seconds(device, size, biased, kernel, timed)})
+            found.append(row | {"seconds": _seconds(device, size, biased, kernel, layer == GATED, timed)})
     return found
 
 
-def _seconds(device, size, biased, kernel, timed):
+def _seconds(device, size, biased, kernel, gated, timed):
     rows, inputs, outputs = size
     new = lambda *shape: torch.randn(shape, device=device).to(fp8.DTYPE)
     sets = []
@@ -75,6 +77,10 @@ def _seconds(device, size, biased, kernel, timed):
         "pass_row": lambda x, weight, bias, rounded, one: to_float8.to_float8(x, "row"),
         "pass_tensor": lambda x, weight, bias, rounded, one: to_float8.to_float8(x, one),
     }
+    if gated:
+        ways["gated_bf16"] = lambda x, weight, bias, rounded, one: linear_geglu.linear_geglu(x, weight, bias)
+        ways["gated_row"] = lambda x, weight, bias, rounded, one: linear_geglu.linear_geglu(*rounded["row"], bias, one)
+        ways["gated_tensor"] = lambda x, weight, bias, rounded, one: linear_geglu.linear_geglu(*rounded["tensor"], bias, one)
     seconds = {name: timing.kernel_seconds(in_turn(way, sets), device, **timed) for name, way in ways.items()}
     if kernel is None:
         return seconds
