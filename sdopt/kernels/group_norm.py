@@ -5,7 +5,8 @@
     out = y * sigmoid(y)                          (SiLU, unless left out)
 
 Bytes: x is read twice and `out` written once, 3 * numel * itemsize; with tensors larger than the GPU's cache nothing less
-is possible, since the last number of a group changes the first (groups that a program can keep are read once). Operations: about ten a number, so memory is the limit.
+is possible, since the last number of a group changes the first (groups that a program can keep are read once). Operations:
+about ten a number, so memory is the limit.
 
 A group of few numbers (WHOLE) is one program's, which reads x once and keeps it: one kernel, and nothing to wait for between
 several. Three kernels for the others, of which no program sees a whole group:

@@ -6,8 +6,10 @@ Operations: 4 * rows * inputs * n, on tensor cores. In two kernels the product w
 again: these 4 * rows * n * itemsize bytes never leave the multiprocessor here, since a program computes a tile of values and
 the same tile of gates, side by side as one product of a tile of x, and gates while both are in its registers. The weights are
 fetched as what they are, two matrices [n, inputs] one after the other: a tile is the same rows of both. Bytes that stay: x, the
-weights, the result. In e4m3 the product takes half the time, and what it saves is the larger part; the result is written in
-e4m3, too, if its scale is known before: a row's own is known to no program, for none sees a whole row. It pays where a product written in Triton loses less against a library's than those bytes cost.
+weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost.
+
+In e4m3 a product takes half the time, and those bytes are the larger part. The result is written in e4m3, too, where its scale
+is known before: a row's own is known to no program, since none sees a whole row.
 """
 
 import torch
