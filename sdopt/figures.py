@@ -256,6 +256,11 @@ def profiled_calls(row):
     return list(zip((guided, calls - guided), profiled, strict=False))
 
 
+def kernels_ms(row):
+    """Milliseconds that the GPU's kernels take in all calls of the row's UNet."""
+    return sum(n * sum(call["ms"].values()) for n, call in profiled_calls(row))
+
+
 def count(share):
     """A share for people: "8/10"."""
     return f"{round(share['value'] * share['n'])}/{share['n']}"

@@ -68,7 +68,7 @@ def busy(row) -> float | None:
     """The share of the UNet's time in which the GPU's kernels were busy; None where no profile saw them."""
     if not row.get("unet_kernels"):
         return None
-    return sum(n * sum(call["ms"].values()) for n, call in figures.profiled_calls(row)) / row["stages_ms"]["unet"]
+    return figures.kernels_ms(row) / row["stages_ms"]["unet"]
 
 
 def _waits(row):

@@ -62,7 +62,7 @@ def _waiting(rows):
     if not eager:
         return []
     row = eager[-1]
-    busy, unet = sum(n * sum(call["ms"].values()) for n, call in figures.profiled_calls(row)), row["stages_ms"]["unet"]
+    busy, unet = figures.kernels_ms(row), row["stages_ms"]["unet"]
     if busy > BUSY * unet:
         return []
     return [

@@ -135,12 +135,7 @@ def _transformer_block(block, h, pending, text):
     h, n = _added(h, pending, block.norm1, own)
     h, n = _added(_attended(block.attn1, n, None, own), h, block.norm2, cross)
     h, n = _added(_attended(block.attn2, n, text, cross), h, block.norm3, wide)
-    return h, narrow or layers[3], _gated(wide or layers[2], n, narrow and narrow.takes)
-
-
-def _gated(wide, x, takes):
-    """The first half of a feed-forward, in e4m3 where the layer after it takes that."""
-    return geglu(wide(x), takes)
+    return h, narrow or layers[3], geglu((wide or layers[2])(n), narrow and narrow.takes)
 
 
 def _ended(model, h, layer, gated):

@@ -21,17 +21,16 @@ from sdopt.kernels import launch
 from sdopt.kernels.to_float8 import E4M3, Scaled, to_float8, with_borders
 
 NAME = "conv_float8"
-ALIGNED = 16  # bytes: positions must begin at multiples of it to be fetched a tile at a time
 # Positions and outputs of a tile, channels at a step, warps, steps that are loaded ahead.
 TILE, FEW_OUTPUTS = (128, 128, 128, 8, 4), (128, 64, 64, 4, 6)
 
 
-def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16, tile: tuple | None = None) -> torch.Tensor:
+def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """`x`: `bordered`'s, values [batch, height + 1, width + 1, channels]; `weight`: `rounded`'s, values [outputs, 9 * channels].
 
     Returns [batch, outputs, height, width] of `dtype` in channels_last memory, without a bias; summed by tensor cores as
-    torch._scaled_mm does with `use_fast_accum`. `tile`: as TILE, None: by the number of outputs. Raises UserError for other
-    shapes, layouts or dtypes, and for channels that are no multiple of 16.
+    torch._scaled_mm does with `use_fast_accum`. Raises UserError for other shapes, layouts or dtypes, and for channels that are
+    no multiple of 16.
     """
     launch.check_shape(NAME, "the input", x.values, tuple(x.values.shape))
     batch, high, wide, channels = x.values.shape if x.values.ndim == 4 else (0, 0, 0, 0)
@@ -42,12 +41,12 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16, 
     launch.check(NAME, x.scale, **{"the input": x.values, "weight": weight.values, "the scale of weight": weight.scale})
     if not x.values.dtype == weight.values.dtype == E4M3:
         raise UserError(f"{NAME}: the input is of {x.values.dtype}, the weights of {weight.values.dtype}: round both to e4m3")
-    if not channels or channels % ALIGNED:
-        raise UserError(f"{NAME}: {channels} channels are no multiple of {ALIGNED}")
+    if not channels or channels % launch.ALIGNED:
+        raise UserError(f"{NAME}: {channels} channels are no multiple of {launch.ALIGNED}")
     shape = batch, outputs, high - 1, wide - 1
     out = torch.empty(shape, dtype=dtype, device=x.values.device, memory_format=torch.channels_last)
     rows = batch * high * wide
-    tall, across, deep, warps, stages = tile or (TILE if outputs % TILE[1] == 0 else FEW_OUTPUTS)
+    tall, across, deep, warps, stages = TILE if outputs % TILE[1] == 0 else FEW_OUTPUTS
     tiles = TensorDescriptor.from_tensor
     launch.start(
         _conv,

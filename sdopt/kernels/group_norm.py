@@ -68,8 +68,9 @@ def group_norm(
         launch.check_shape(NAME, name, tensor, (channels,))
     shared = shift is None or shift.ndim == 1
     launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
-    out = (torch.empty_like(x), None) if scale is None else place(NAME, x, (batch, height + 1, width + 1, channels), scale)
-    written, rounds = (out[0], x if scale is None else scale), scale is not None
+    rounds = scale is not None
+    out = place(NAME, x, (batch, height + 1, width + 1, channels), scale) if rounds else torch.empty_like(x)
+    values, of_all = out if rounds else (out, x)
     size = channels // groups
     wide, high = triton.next_power_of_2(size), triton.next_power_of_2(rows)
     arguments = weight, bias, x if shift is None else shift
@@ -78,11 +79,11 @@ def group_norm(
         launch.start(
             _whole,
             (groups, batch),
-            *(x, *written, *arguments, rows, width, channels, stride, eps),
+            *(x, values, of_all, *arguments, rows, width, channels, stride, eps),
             *(size, high, wide, shift is not None, silu, triton.next_power_of_2(height + width + 1) if rounds else 0),
             num_warps=min(16, max(4, high * wide // 2**11)),
         )
-        return out if rounds else out[0]
+        return out
     tall, turns = _part(batch, rows, channels)
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
@@ -99,10 +100,10 @@ def group_norm(
     launch.start(
         _apply,
         (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall), strips, batch),
-        *(x, *written, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds),
+        *(x, values, of_all, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds),
         num_warps=4,
     )
-    return out if rounds else out[0]
+    return out
 
 
 def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True, scale=None):

@@ -13,6 +13,7 @@ from sdopt.errors import UserError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
 THREADS = 16
+ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
 _ahead = ContextVar("ahead", default=None)  # a list while kernels are compiled and not started: of these
 
 

@@ -27,7 +27,6 @@ NAME = "linear_geglu"
 TILE, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
 TOGETHER = 8  # tiles of rows whose programs run at about the same time, and share weights in the GPU's cache
 FEW = 1024  # rows up to which large tiles would leave multiprocessors idle
-ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
 
 
 def linear_geglu(
@@ -55,7 +54,7 @@ def linear_geglu(
         launch.check_shape(NAME, "the scale of x", of_x, (rows, 1) if by_row else ())
         launch.check_shape(NAME, "the scale of weight", of_weight, (2 * outputs, 1) if by_row else ())
     out = bias.new_empty(shape) if scale is None else place(NAME, bias, shape, scale).values
-    if any(n % ALIGNED for n in (inputs * x.itemsize, outputs * out.itemsize, x.data_ptr(), weight.data_ptr())):
+    if any(n % launch.ALIGNED for n in (inputs * x.itemsize, outputs * out.itemsize, x.data_ptr(), weight.data_ptr())):
         raise UserError(f"{NAME}: rows of {inputs} inputs and {outputs} outputs do not begin at multiples of 16 bytes")
     scales = scale
     if scale is not None and rounded and by_row:

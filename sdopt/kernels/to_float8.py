@@ -58,7 +58,8 @@ def to_float8(x: torch.Tensor, scales: str | torch.Tensor = "row", out: Scaled |
         launch.start(
             _to_float8,
             (triton.cdiv(rows, tall),),
-            x, *out, rows, wide, tall, size, isinstance(scales, str), num_warps=4 if size * tall <= 4096 else 8 if size <= 16384 else 16
+            *(x, *out, rows, wide, tall, size, isinstance(scales, str)),
+            num_warps=4 if size * tall <= 4096 else 8 if size <= 16384 else 16,
         )
     return out
 
