@@ -3,12 +3,13 @@
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_sdxl
 
 from sdopt.engine import fp8
 from sdopt.engine.emulated import back, emulated
 from sdopt.errors import UserError
-from sdopt.kernels import to_float8
+from sdopt.kernels import conv_float8, to_float8
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def test_each_layer_gives_what_the_engines_does(unet, scales, monkeypatch):
     layers = fp8.layers(blocks(unet), fp8.Rounding(scales, "all"))
     for layer in layers.values():
         layer.gather()
-    with emulated(unet, scales) as parts:
+    with emulated(unet, scales) as every:
+        parts = {name: part for name, part in every.items() if type(part) is torch.nn.Linear}
         assert set(parts.values()) == {part for layer in layers.values() for part in layer.parts}
         for layer in layers.values():
             x = torch.randn(2, 9, layer.parts[0].in_features).bfloat16()
@@ -77,3 +79,21 @@ def test_what_rounded_numbers_stand_for():
         assert ((y - x).abs() <= x.abs() / 16 + 1e-4).all()
     x[1, 2] = 0
     assert (back(to_float8.reference(x))[1, 2] == 0).all()
+
+
+@torch.no_grad()
+def test_a_convolution_gives_what_the_engines_does(unet):
+    conv = next(part for part in unet.modules() if type(part) is ResnetBlock2D).conv2
+    x = 0.1 * torch.randn(2, conv.in_channels, 5, 4).bfloat16()
+    plain = conv(x)
+    with emulated(unet) as parts:
+        assert sum(type(part) is torch.nn.Conv2d for part in parts.values()) == 2 * sum(
+            type(part) is ResnetBlock2D for part in unet.modules()
+        )
+        ours = conv(x).float()
+    norm = next(part for part in unet.modules() if getattr(part, "conv2", None) is conv).norm2
+    image = to_float8.reference(to_float8.with_borders(x), fp8.scale_of(fp8.of_group_norm(norm)))
+    weight = to_float8.reference(conv.weight.permute(0, 2, 3, 1).flatten(1))
+    theirs = conv_float8.reference(image, weight) + conv.bias.double()[:, None, None]
+    off = lambda y: ((y - theirs).square().mean() / theirs.square().mean()).sqrt()
+    assert off(ours) < 2**-8 and off(plain) > 4 * off(ours)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from test_engine import RECORDED, captured, gpu_draw, on_gpu, small, tiny  # noqa: F401 (fixtures)
 from tiny import psnr
@@ -12,10 +13,11 @@ from tiny import psnr
 from sdopt import engine, guidance, models, precision
 from sdopt.engine import fp8
 from sdopt.errors import UserError
-from sdopt.kernels import launch, to_float8
+from sdopt.kernels import conv_float8, launch, to_float8
 
 EVERY = {"precision": "fp8", "filter": "all"}
 BLOCKS = 8  # of the tiny UNet: 2 of each of its 4 transformers
+CONVOLUTIONS = 16  # of its residual blocks
 
 
 def by_reference(x, scales="row", out=None):
@@ -28,11 +30,16 @@ def by_reference(x, scales="row", out=None):
     return out
 
 
+def convolved(x, weight):
+    return conv_float8.reference(x, weight).bfloat16().contiguous(memory_format=torch.channels_last)
+
+
 @pytest.fixture
 def rounding(captured, tiny, monkeypatch):  # noqa: F811
     """The tiny pipeline in bfloat16, on a GPU of compute capability 9.0, as far as it can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fp8, "to_float8", by_reference)
+    monkeypatch.setattr(fp8, "conv_float8", convolved)
     monkeypatch.setattr(launch, "INTERPRETED", True)  # where there is a GPU, too: all kernels are their references
     return precision.half_precision(tiny)
 
@@ -52,7 +59,7 @@ def test_a_prepared_pipeline_draws_nearly_the_same_and_rounds_weights_once_a_pic
     assert engine.prepare(rounding, scales=scales, **EVERY) is engine.prepare(rounding, scales=scales, **EVERY)
     ours = draw()
     assert len(captured) == made + 4, "the weights, what the prompt gives, a step, the decoder"
-    assert engine.fp8_layers(rounding) == 4 * BLOCKS
+    assert engine.fp8_layers(rounding) == 4 * BLOCKS + CONVOLUTIONS
     assert close(ours, eager) and not np.array_equal(ours, plain)
     assert not rounding.unet.forward.held.joined, "which nobody needs"
     assert np.array_equal(draw(), ours) and len(captured) == made + 4
@@ -88,7 +95,8 @@ def test_weights_are_rounded_again_as_if_they_had_always_been_so(rounding, scale
     assert np.abs(ours - before).max() > 1e-3
 
 
-def test_a_lora_is_not_rounded_until_it_is_part_of_the_weights(rounding, captured):  # noqa: F811
+def test_a_lora_is_not_rounded_until_it_is_part_of_the_weights(rounding, captured, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(fp8, "_fits_convolution", lambda conv: False)  # the linear layers by themselves
     engine.prepare(rounding, **EVERY)
     before = small(rounding)
     torch.manual_seed(0)
@@ -144,7 +152,7 @@ def test_fused_projections_are_rounded_as_one(rounding):
     rounding.fuse_qkv_projections()
     eager = small(rounding)
     assert close(small(engine.prepare(rounding, **EVERY)), eager)
-    assert engine.fp8_layers(rounding) == 4 * BLOCKS
+    assert engine.fp8_layers(rounding) == 4 * BLOCKS + CONVOLUTIONS
 
 
 def test_what_is_not_known_runs_eagerly_in_bfloat16(rounding):
@@ -213,7 +221,8 @@ def test_gpu_pictures_in_any_order(on_gpu, scales):  # noqa: F811
     ours = [gpu_draw(on_gpu, **call) for call in calls]
     assert all(psnr(one, right) > 20 for one, right in zip(ours, eager))
     blocks = sum(len(m.transformer_blocks) for m in on_gpu.unet.modules() if hasattr(m, "transformer_blocks"))
-    assert engine.fp8_layers(on_gpu) == 4 * blocks and not on_gpu.unet.forward.said
+    convolutions = 2 * sum(type(m) is ResnetBlock2D for m in on_gpu.unet.modules())
+    assert engine.fp8_layers(on_gpu) == 4 * blocks + convolutions and not on_gpu.unet.forward.said
     for n in (3, 0, 5):
         assert np.array_equal(gpu_draw(on_gpu, **calls[n]), ours[n])
     engine.restore(on_gpu)

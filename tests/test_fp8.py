@@ -10,6 +10,7 @@ from math import sqrt
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tiny import tiny_sdxl
 from torch import nn
@@ -128,6 +129,63 @@ def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
     value, gate = wide(norm(x)).chunk(2, -1)
     farthest = (value * nn.functional.gelu(gate)).abs().max()
     assert 0.2 * fp8.of_gated(norm, wide) < farthest <= fp8.of_gated(norm, wide)
+
+
+@torch.no_grad()
+def test_nothing_a_group_norm_gives_is_beyond_its_bound(monkeypatch):
+    """One number of a group far from all others, of which there are as many as the bound is for."""
+    monkeypatch.setattr(fp8, "POSITIONS", 12)
+    norm = nn.GroupNorm(4, 16)
+    norm.weight.copy_(torch.randn(16)), norm.bias.copy_(torch.randn(16))
+    x = torch.zeros(16, 16, 3, 4)
+    x[torch.arange(16), torch.arange(16), 1, 2] = 100
+    farthest = torch.cat([norm(x), norm(-x), nn.functional.silu(norm(x))]).abs().max()
+    assert 0.95 * fp8.of_group_norm(norm) < farthest <= fp8.of_group_norm(norm)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 5, 4), (1, 128, 8, 8)], ids=str)
+@torch.no_grad()
+def test_a_residual_block_is_off_by_what_rounding_alone_costs(device, shape):
+    """As the transformer below: against float64, and against float64 with the same numbers rounded to e4m3."""
+    torch.manual_seed(1)
+    block = next(m for m in tiny_sdxl().unet.modules() if type(m) is ResnetBlock2D and m.in_channels == shape[1]).bfloat16()
+    for norm in (block.norm1, block.norm2):
+        norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
+    x, temb = torch.randn(shape).bfloat16().float(), torch.randn(shape[0], block.time_emb_proj.in_features).bfloat16().float()
+    call = lambda block, dtype, device="cpu": block(x.to(device, dtype), temb.to(device, dtype)).double().cpu()
+    exact, by_hand = copy.deepcopy(block).double(), copy.deepcopy(block).double()
+    for norm, conv in ((by_hand.norm1, by_hand.conv1), (by_hand.norm2, by_hand.conv2)):
+        takes = (fp8.of_group_norm(norm) / 448).float()
+        weight = to_float8.reference(conv.weight.permute(0, 2, 3, 1).flatten(1), "row")
+        conv.weight.data = exactly(weight).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        conv.register_forward_pre_hook(lambda module, args, takes=takes: (rounded(args[0], takes),))
+    exact, by_hand = call(exact, torch.float64), call(by_hand, torch.float64)
+    fused.fuse(block.to(device, memory_format=torch.channels_last))
+    plain = call(block, torch.bfloat16, device)
+    layers = fp8.layers([], Rounding("row", "all"), [block])
+    layers.gather(lambda call: (call(), None))
+    with using(Once([], [], [], None, (), layers), {}):
+        ours = call(block, torch.bfloat16, device)
+    off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    assert len(layers) == 2 and all(layer.used for layer in layers.values())
+    assert off(by_hand, exact) > 1.5 * off(plain, exact), "it has to matter"
+    assert off(ours, exact) < 1.1 * off(by_hand, exact) + off(plain, exact)
+    assert off(ours, by_hand) < sqrt(12 / 32) * off(by_hand, exact) + off(plain, exact)
+
+
+def test_a_convolution_is_worth_it_by_its_own_size(monkeypatch):
+    monkeypatch.setattr(fp8, "FEWEST_OF_CONVOLUTION", 64 * 9 * 32 * 16)
+    block = ResnetBlock2D(in_channels=32, out_channels=16, temb_channels=None, groups=8).bfloat16()
+    taken = {way: fp8.layers([], Rounding("row", way), [block])[block.conv1] for way in fp8.FILTERS}
+    assert [taken["measured"].pays(rows) for rows in (63, 64)] == [False, True] and taken["all"].pays(1)
+
+
+def test_only_convolutions_that_can_be_are_rounded():
+    block = ResnetBlock2D(in_channels=40, out_channels=32, temb_channels=None, groups=8).bfloat16()
+    assert [*fp8.layers([], Rounding("row", "all"), [block])] == [block.conv2], "40 channels are no multiple of 16"
+    assert not fp8.layers([], None, [block])
+    block.conv2.weight.data = block.conv2.weight.data.float()
+    assert not fp8.layers([], Rounding("row", "all"), [block])
 
 
 def rounded_by_hand(unet, scales):

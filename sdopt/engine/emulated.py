@@ -1,4 +1,4 @@
-"""fp8 where no GPU multiplies it: linear layers that round their numbers as the engine does, and multiply in float32.
+"""fp8 where no GPU multiplies it: layers that round their numbers as the engine's do, and multiply in float32.
 
 What is lost is what the engine loses, up to the order of a sum; slowly, for rounding is a dozen operations of PyTorch's.
 """
@@ -8,26 +8,33 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from sdopt import timing
-from sdopt.engine import fp8
+from sdopt.engine import fp8, plain
 from sdopt.kernels import to_float8
 
 
 @contextmanager
-def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Linear]]:
-    """Within, every linear layer of `unet` that fp8 can take computes with inputs and weights rounded to e4m3.
+def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Module]]:
+    """Within, every layer of `unet` that fp8 can take, linear or a convolution, has inputs and weights rounded to e4m3.
 
     `unet`: in bfloat16, on any device; weights are rounded once, on entering. `scales`: "row" or "tensor", as
     `engine.prepare` takes them. Gives the layers by their names. Raises UserError for other scales. Introduced in
     notebooks/13_fp8.
     """
     blocks = [block for part in unet.modules() for block in getattr(part, "transformer_blocks", ())]
+    resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
     names, rounded = {part: name for name, part in unet.named_modules()}, {}
     with ExitStack() as stack:
-        for layer in fp8.layers(blocks, fp8.asked("fp8", scales, "all")).values():
+        for layer in fp8.layers(blocks, fp8.asked("fp8", scales, "all"), resnets).values():
+            if isinstance(layer, fp8.Convolution):
+                weight, takes = to_float8.reference(layer.rows().detach()), fp8.scale_of(fp8.of_group_norm(layer.norm))
+                stack.enter_context(timing.swapped(layer.conv, "forward", partial(_convolved, layer.conv, weight, takes)))
+                rounded[names[layer.conv]] = layer.conv
+                continue
             takes = of = "row"
             if not layer.by_row:
                 takes = fp8.scale_of(layer.largest())
@@ -48,3 +55,9 @@ def back(scaled: to_float8.Scaled) -> torch.Tensor:
 def _forward(part, weight, takes, x):
     bias = None if part.bias is None else part.bias.float()
     return linear(back(to_float8.reference(x, takes)), back(weight), bias).to(part.weight.dtype)
+
+
+def _convolved(conv, weight, takes, x):
+    kernel = back(weight).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+    bias = None if conv.bias is None else conv.bias.float()
+    return conv2d(back(to_float8.reference(x, takes)), kernel, bias, padding=1).to(conv.weight.dtype)

@@ -1,9 +1,12 @@
-"""Linear layers in e4m3, by torch._scaled_mm: which of a UNet's, their weights as rounded, and their product.
+"""Linear layers and convolutions in e4m3: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
 self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That
 is 16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the
 projections around a model's blocks would need a pass of their own, and stay as they are.
+
+Linear layers are torch._scaled_mm's, the 3x3 convolutions of residual blocks `conv_float8`'s, whose input the norm before each
+writes in e4m3, with a bound for a scale.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
@@ -28,6 +31,7 @@ from torch import nn
 
 from sdopt.engine import plain
 from sdopt.errors import UserError, first_line
+from sdopt.kernels.conv_float8 import conv_float8
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
@@ -35,6 +39,8 @@ DTYPE, MULTIPLE = torch.bfloat16, 16
 # Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3: what makes the layers of the sweep
 # fp8-shapes fastest in sum. Provisional until that is recorded.
 FEWEST = 2**31
+FEWEST_OF_CONVOLUTION = 2**62  # none, until that is recorded
+POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,39 @@ class Layer:
             to_float8(part.weight, scales, Scaled(*out))
 
 
+class Convolution:
+    """What stands for the 3x3 convolution `conv` in e4m3: called with the `Scaled` image that `norm` before it has written.
+
+    `takes`: the scale that the norm is to write it with.
+    """
+
+    used = False
+
+    def __init__(self, conv, norm, rounding):
+        self.conv, self.norm, self._all = conv, norm, rounding.filter == "all"
+        new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=conv.weight.device, dtype=dtype)
+        outputs = conv.out_channels
+        self.weight, self.takes = Scaled(new(outputs, 9 * conv.in_channels, dtype=E4M3), new(outputs, 1)), new()
+
+    def __call__(self, x: Scaled) -> torch.Tensor:
+        self.used = True
+        return conv_float8(x, self.weight)
+
+    def pays(self, rows: int) -> bool:
+        """Whether it is worth it for so many positions."""
+        outputs, inputs = self.weight.values.shape
+        return self._all or rows * inputs * outputs >= FEWEST_OF_CONVOLUTION
+
+    def rows(self) -> torch.Tensor:
+        """The weights as `conv_float8` takes them: [outputs, 9 * channels]."""
+        return self.conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
+
+    def gather(self):
+        """Round the weights as they are now."""
+        self.takes.copy_(scale_of(of_group_norm(self.norm)))
+        to_float8(self.rows(), out=self.weight)
+
+
 class Layers(dict):
     """{module of diffusers: its `Layer`}, rounded once a picture: weights that were changed in place show in the next."""
 
@@ -150,9 +189,16 @@ class Layers(dict):
             self.replay, _ = capture(round_all)
 
 
-def layers(blocks, rounding: Rounding | None) -> Layers:
-    """The `Layers` of transformer blocks: of those parts that are PyTorch's own, or merged with their LoRA."""
+def layers(blocks, rounding: Rounding | None, resnets=()) -> Layers:
+    """The `Layers` of transformer blocks: of those parts that are PyTorch's own, or merged with their LoRA.
+
+    And the `Convolution`s of residual blocks, `resnets`, that are computed by `fused`.
+    """
     found = Layers()
+    for block in resnets if rounding else ():
+        for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
+            if _fits_convolution(conv):
+                found[conv] = Convolution(conv, norm, rounding)
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
         bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
@@ -175,6 +221,15 @@ def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
     Introduced in notebooks/13_fp8.
     """
     return (norm.weight.float().abs() * len(norm.weight) ** 0.5 + norm.bias.float().abs()).max()
+
+
+def of_group_norm(norm: nn.GroupNorm) -> torch.Tensor:
+    """A number that nothing a group norm gives of an image of up to POSITIONS is beyond, nor SiLU of it.
+
+    Of a larger image, too, unless one number in a group deviates by more than all the others together many times over.
+    """
+    count = norm.num_channels // norm.num_groups * POSITIONS
+    return (norm.weight.float().abs() * count**0.5 + norm.bias.float().abs()).max()
 
 
 def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
@@ -205,6 +260,14 @@ def _fits(part):
         and (part.bias is None or part.bias.dtype is DTYPE)
         and part.weight.is_contiguous()
         and not (part.in_features % MULTIPLE or part.out_features % MULTIPLE)
+    )
+
+
+def _fits_convolution(conv):
+    return (
+        (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        and conv.weight.dtype is DTYPE
+        and conv.in_channels % MULTIPLE == 0
     )
 
 

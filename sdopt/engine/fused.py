@@ -64,13 +64,13 @@ def resnet(block, x, temb=None, *args, **kwargs):
     if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not plain.resnet(block) or not _suits(x):
         return type(block).forward(block, x, temb, *args, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
-    h = _convolved(block.conv1, _normed(block.norm1, x))
+    h = _normed_and_convolved(block.norm1, block.conv1, x)
     shift = once.shift(block, temb)
     if shift is None:
         shift = block.conv1.bias
         if block.time_emb_proj is not None:
             shift = shift + block.time_emb_proj(silu(temb))
-    h = _convolved(block.conv2, _normed(block.norm2, h, shift=shift))
+    h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
     bias = block.conv2.bias
     if block.conv_shortcut is not None:
         x = _convolved(block.conv_shortcut, x)
@@ -221,8 +221,16 @@ class _End:
         return x if self.fits(x) else nn.SiLU.forward(self.pair[1], x)
 
 
-def _normed(norm, x, activation=True, shift=None):
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation)
+def _normed(norm, x, activation=True, shift=None, scale=None):
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation, scale)
+
+
+def _normed_and_convolved(norm, conv, x, shift=None):
+    """A norm of `x` and `shift`, SiLU, and the convolution after it without its bias; in e4m3 where it stands in that."""
+    in_e4m3 = once.rounded(conv, x.numel() // x.shape[1])
+    if in_e4m3:
+        return in_e4m3(_normed(norm, x, shift=shift, scale=in_e4m3.takes))
+    return _convolved(conv, _normed(norm, x, shift=shift))
 
 
 def _tokens(norm, x):

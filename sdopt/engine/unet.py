@@ -98,7 +98,7 @@ def _held(unet, rounding):
     transformers = [m for m in unet.modules() if type(m) is Transformer2DModel and plain.transformer(m)]
     blocks = [block for model in transformers for block in model.transformer_blocks]
     layers = [block.attn2 for block in blocks if plain.attention(block.attn2)]
-    rounded = fp8.layers(blocks, rounding)
+    rounded = fp8.layers(blocks, rounding, resnets)
     selves = [block.attn1 for block in blocks if plain.joinable(block.attn1) and block.attn1 not in rounded]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
     ends = {model: pair for model in transformers if (pair := plain.ends(model))}
