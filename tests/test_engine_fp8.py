@@ -13,7 +13,7 @@ from tiny import psnr
 from sdopt import engine, guidance, models, precision
 from sdopt.engine import fp8
 from sdopt.errors import UserError
-from sdopt.kernels import conv_float8, launch, to_float8
+from sdopt.kernels import conv_float8, launch, linear_geglu, to_float8
 
 EVERY = {"precision": "fp8", "filter": "all"}
 BLOCKS = 8  # of the tiny UNet: 2 of each of its 4 transformers
@@ -34,12 +34,22 @@ def convolved(x, weight):
     return conv_float8.reference(x, weight).bfloat16().contiguous(memory_format=torch.channels_last)
 
 
+def gated(x, weight, bias, scale):
+    """As the kernel: by the rounded numbers, to one scale, of which each row has a copy where rows have scales."""
+    wide = lambda part: part.values.float() * part.scale.reshape(*part.values.shape[:-1], 1) if part.scale.ndim else (
+        part.values.float() * part.scale)  # fmt: skip
+    made = to_float8.reference(linear_geglu.reference(wide(x), wide(weight), bias.float()), scale)
+    rows = x.values.numel() // x.values.shape[-1]
+    return to_float8.Scaled(made.values, scale.expand(rows, 1).contiguous()) if x.scale.ndim else made
+
+
 @pytest.fixture
 def rounding(captured, tiny, monkeypatch):  # noqa: F811
     """The tiny pipeline in bfloat16, on a GPU of compute capability 9.0, as far as it can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fp8, "to_float8", by_reference)
     monkeypatch.setattr(fp8, "conv_float8", convolved)
+    monkeypatch.setattr(fp8, "linear_geglu", gated)
     monkeypatch.setattr(launch, "INTERPRETED", True)  # where there is a GPU, too: all kernels are their references
     return precision.half_precision(tiny)
 

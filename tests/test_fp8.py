@@ -190,23 +190,24 @@ def test_only_convolutions_that_can_be_are_rounded():
 
 def rounded_by_hand(unet, scales):
     """A copy of `unet` in float64 whose layers round weights and inputs as the engine does, by plain PyTorch."""
-    unet = copy.deepcopy(unet).double()
-    for block in (m for m in unet.modules() if type(m) is BasicTransformerBlock):
+    blocks = lambda model: [m for m in model.modules() if type(m) is BasicTransformerBlock]
+    given, unet = unet, copy.deepcopy(unet).double()
+    for block, own in zip(blocks(unet), blocks(given), strict=True):
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
         places = {
-            **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (fp8.of_norm, (block.norm1,))),
-            block.attn2.to_q: (fp8.of_norm, (block.norm2,)),
-            wide: (fp8.of_norm, (block.norm3,)),
-            narrow: (fp8.of_gated, (block.norm3, wide)),
+            **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (fp8.of_norm, (own.norm1,))),
+            block.attn2.to_q: (fp8.of_norm, (own.norm2,)),
+            wide: (fp8.of_norm, (own.norm3,)),
+            narrow: (fp8.of_gated, (own.norm3, own.ff.net[0].proj)),
         }
         largest = {linear: (bound(*of) / 448).float() for linear, (bound, of) in places.items()}  # of weights not yet rounded
-        own = [linear.weight.abs().max() for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)]
+        farthest = [linear.weight.abs().max() for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)]
         for linear in places:
             joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-            whole = (max(own) if joined else linear.weight.abs().max()) / 448
+            whole = (max(farthest) if joined else linear.weight.abs().max()) / 448
             by_row = scales == "row"
             linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
-            takes = "row" if by_row else largest[linear]
+            takes = "row" if by_row and linear is not narrow else largest[linear]
             round_input = lambda module, args, takes=takes: (rounded(args[0], takes),)
             linear.register_forward_pre_hook(round_input)
     return unet
@@ -227,7 +228,7 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
     for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):  # as after training, and one channel far out
         norm.weight.copy_(0.5 + torch.rand_like(norm.weight))
         norm.weight[5] *= 8
-    x, text = torch.randn(1, 64, 5, 4).bfloat16().float(), torch.randn(1, 7, 64).bfloat16().float()
+    x, text = torch.randn(2, 64, 6, 8).bfloat16().float(), torch.randn(2, 7, 64).bfloat16().float()
     call = lambda model, dtype, device="cpu": model(x.to(device, dtype), text.to(device, dtype), return_dict=False)[0].cpu() - x
     exact = call(copy.deepcopy(model).double(), torch.float64)
     by_hand = call(rounded_by_hand(model, scales), torch.float64)

@@ -102,9 +102,10 @@ def test_errors_by_layer_and_by_call(rounding, monkeypatch):  # noqa: F811
     assert len(rows) == 4 * blocks and rows[0]["layer"].endswith("attn1")
     for row in rows:
         off = row["off"]
-        assert set(off) == {"bf16", "row", "tensor", "bf16_outlier", "row_outlier"}
+        bounded = row["layer"].endswith("ff.net.2")  # by one scale, which an outlier would be beyond
+        assert set(off) == {"bf16", "row", "tensor", "bf16_outlier"} | (set() if bounded else {"row_outlier"})
         assert off["bf16"] < 2**-7 and off["bf16_outlier"] < 2**-7
-        for way in ("row", "tensor", "row_outlier"):
+        for way in off.keys() & {"row", "tensor", "row_outlier"}:
             assert 2 * off["bf16"] < off[way] < 2**-4 * (2 / 3) ** 0.5, "half a step of each factor"
     found = study.call_errors(rounding, calls)
     assert set(found) == set(study.WAYS) and not engine.is_prepared(rounding)
@@ -118,7 +119,7 @@ def test_gpu_errors_of_pocket():
     """Each layer within what three bits cost it, and a picture no further from fp32's than can be seen."""
     found = study.errors("cuda", (("pocket", "shipped"),), pictures=16)
     for row in found["layers"]:
-        assert max(row["off"][way] for way in ("row", "tensor", "row_outlier")) < 2**-4 * (2 / 3) ** 0.5, row
+        assert max(row["off"].get(way, 0) for way in ("row", "tensor", "row_outlier")) < 2**-4 * (2 / 3) ** 0.5, row
     calls = found["calls"][0]
     assert calls["engine_bf16"]["median"] < 1.1 * calls["eager_bf16"]["median"]
     assert calls["engine_bf16"]["median"] < calls["engine_fp8_row"]["median"] < 2**-3

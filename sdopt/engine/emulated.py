@@ -36,8 +36,9 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
                 rounded[names[layer.conv]] = layer.conv
                 continue
             takes = of = "row"
-            if not layer.by_row:
+            if not isinstance(layer.takes, str):
                 takes = fp8.scale_of(layer.largest())
+            if not layer.by_row:
                 of = fp8.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
             for part in layer.parts:
                 weight = to_float8.reference(part.weight.detach(), of)

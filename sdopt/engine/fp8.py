@@ -32,6 +32,7 @@ from torch import nn
 from sdopt.engine import plain
 from sdopt.errors import UserError, first_line
 from sdopt.kernels.conv_float8 import conv_float8
+from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
@@ -102,23 +103,31 @@ def product(x: Scaled, weight: Scaled, bias: torch.Tensor | None = None) -> torc
 class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
-    `takes`: the scales its input has to come with, as the kernels take them. `largest()`: a number that no input is beyond.
+    `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `largest()`: a number
+    that no input is beyond. `bounded`: the input comes by one scale even where the others have a scale a row.
     """
 
     used = False
 
-    def __init__(self, parts, largest, rounding):
+    def __init__(self, parts, largest, rounding, bounded=False):
         self.parts, self.largest, self._all = parts, largest, rounding.filter == "all"
         self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
         self.by_row = rounding.scales == "row"
         values = new(sum(self.sizes), parts[0].in_features, dtype=E4M3)
         self.weight = Scaled(values, new(len(values), 1) if self.by_row else new())
-        self.takes = "row" if self.by_row else new()
+        self.takes = "row" if self.by_row and not bounded else new()
 
     def __call__(self, x: Scaled) -> torch.Tensor:
         self.used = True
+        if self.by_row and not x.scale.ndim:
+            x = Scaled(x.values, x.scale.expand(x.values.numel() // x.values.shape[-1], 1).contiguous())
         return product(x, self.weight, self.parts[0].bias)
+
+    def gated(self, x: Scaled, takes: torch.Tensor) -> Scaled:
+        """GEGLU of what it makes of `x`, in one kernel, by the one scale that the layer after it `takes`."""
+        self.used = True
+        return linear_geglu(x, self.weight, self.parts[0].bias, takes)
 
     def pays(self, rows: int) -> bool:
         """Whether it is worth it for so many rows."""
@@ -132,6 +141,7 @@ class Layer:
         else:
             largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
             scales = self.weight.scale.copy_(scale_of(torch.stack(largest).amax()))
+        if not isinstance(self.takes, str):
             self.takes.copy_(scale_of(self.largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))
@@ -201,17 +211,18 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> Layers:
                 found[conv] = Convolution(conv, norm, rounding)
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
-        bounded = rounding.scales == "row" or plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
+        bounded = plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
             block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
             wide: ([wide], of_norm, (block.norm3,)),
-            narrow: ([narrow] if bounded else [], of_gated, (block.norm3, wide)),
+            narrow: ([narrow] if bounded or rounding.scales == "row" else [], of_gated, (block.norm3, wide)),
         }
         for place, (parts, largest, of) in places.items():
             parts = [_merged(part) for part in parts]
             if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
-                found[place] = Layer(parts, lambda largest=largest, of=of: largest(*of), rounding)
+                gated = place is narrow and wide in found and found[wide].parts[0].bias is not None
+                found[place] = Layer(parts, lambda largest=largest, of=of: largest(*of), rounding, gated)
     return found
 
 
@@ -233,13 +244,16 @@ def of_group_norm(norm: nn.GroupNorm) -> torch.Tensor:
 
 
 def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
-    """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|."""
+    """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|.
+
+    Up to what the weights' dtype rounds off, for which it is a hundredth larger.
+    """
     wide = _merged(wide)
-    weight, squares = wide.weight.float(), norm.weight.float().square()
-    centre = weight @ norm.bias.float() + (0 if wide.bias is None else wide.bias.float())
-    spread = (weight.square() @ squares * len(squares)).sqrt()
+    centre = (wide.weight @ norm.bias).float() + (0 if wide.bias is None else wide.bias.float())
+    exact = torch.promote_types(wide.weight.dtype, torch.float32)
+    spread = torch.linalg.vector_norm(wide.weight * norm.weight, dim=1, dtype=exact) * len(norm.weight) ** 0.5
     values, gates = (spread + centre.abs()).chunk(2)
-    return (values * gates).max()
+    return 1.01 * (values * gates).max()
 
 
 def _projections(attn):

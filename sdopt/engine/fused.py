@@ -135,7 +135,14 @@ def _transformer_block(block, h, pending, text):
     h, n = _added(h, pending, block.norm1, own)
     h, n = _added(_attended(block.attn1, n, None, own), h, block.norm2, cross)
     h, n = _added(_attended(block.attn2, n, text, cross), h, block.norm3, wide)
-    return h, narrow or layers[3], geglu((wide or layers[2])(n), narrow and narrow.takes)
+    return h, narrow or layers[3], _gated(wide, narrow, layers[2], n)
+
+
+def _gated(wide, narrow, layer, x):
+    """The first half of a feed-forward, `layer` and GEGLU; `wide`, `narrow`: what stands for it and the second half in e4m3."""
+    if wide and narrow and not isinstance(narrow.takes, str):
+        return wide.gated(x, narrow.takes)
+    return geglu((wide or layer)(x), narrow and narrow.takes)
 
 
 def _ended(model, h, layer, gated):
