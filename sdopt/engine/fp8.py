@@ -10,7 +10,8 @@ writes in e4m3, with a bound for a scale.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
-picture depends on those before it. That the bound is tens of times what is common costs little: e4m3 is a float, and keeps its
+picture depends on those before it. What GEGLU gives has such a bound for a scale in either case: it is written by the kernel
+that multiplies and gates (`linear_geglu`), none of whose programs sees a whole row. That the bound is tens of times what is common costs little: e4m3 is a float, and keeps its
 three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
