@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 
 from sdopt.engine import fused, plain
-from sdopt.kernels import launch
+from sdopt.kernels import launch, linear_geglu
 from sdopt.kernels.prompt_attention import MOST_KEYS
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
@@ -40,7 +40,10 @@ def unet(request):
 def kernels(monkeypatch):
     """The names of the kernels that ran, in their order."""
     ran = []
-    for name in ("group_norm", "add_layer_norm", "geglu", "bias_residual", "upsample_conv", "softmax", "prompt_attention"):
+    for name in (
+        *("group_norm", "add_layer_norm", "geglu", "linear_geglu", "bias_residual", "upsample_conv", "softmax"),
+        "prompt_attention",
+    ):
         function = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
     return ran
@@ -86,6 +89,24 @@ def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     fused.release(unet)
     kernels.clear()
     assert torch.equal(call(), theirs) and not kernels
+
+
+def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, monkeypatch):
+    unet.half()
+    blocks = [block for m in unet.modules() if type(m) is Transformer2DModel for block in m.transformer_blocks]
+    torch.manual_seed(1)
+    latents, text = torch.randn(2, 4, 4, 8).half(), torch.randn(2, 7, 64).half()
+    call = torch.no_grad()(lambda: unet(latents, torch.tensor(400), text).sample.float())
+    theirs = call()
+    fused.fuse(unet)
+    monkeypatch.setattr(linear_geglu, "ENOUGH", 2 * 2 * 4)  # the positions of two images half as high and wide
+    blocks[0].ff.net[0].proj.register_forward_hook(lambda *_: None)
+    assert (call() - theirs).abs().max() < 0.01 * theirs.abs().max()
+    assert kernels.count("linear_geglu") == len(blocks) - 1 and kernels.count("geglu") == 1, "one that is listened to is called"
+    kernels.clear()
+    monkeypatch.setattr(linear_geglu, "ENOUGH", 2 * 2 * 4 + 1)
+    call()
+    assert kernels.count("geglu") == len(blocks) and "linear_geglu" not in kernels
 
 
 def test_a_prompt_too_long_for_one_program_is_left_to_pytorch(unet, kernels):

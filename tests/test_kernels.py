@@ -95,7 +95,7 @@ def test_geglu(device, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "outputs"), [((2, 7, 72), 40), ((1500, 16), 136), ((1, 8), 8), ((0, 8), 8)])
+@pytest.mark.parametrize(("shape", "outputs"), [((2, 7, 72), 40), ((1030, 24), 2056), ((1, 8), 8), ((0, 8), 8)])
 def test_linear_geglu(device, dtype, shape, outputs):
     """It rounds once where a layer and GEGLU after it do three times."""
     x, weight = random(shape, dtype, device), random((2 * outputs, shape[-1]), dtype, device) / shape[-1] ** 0.5
@@ -106,6 +106,17 @@ def test_linear_geglu(device, dtype, shape, outputs):
     assert ours.dtype is dtype and ours.shape == exact.shape
     theirs = off(linear_geglu.reference(x, weight, bias)) + 1e-6 * exact.square().sum().sqrt()
     assert off(ours) <= (2 if device == "cpu" else 1.1) * theirs  # the interpreter truncates to bfloat16
+
+
+def test_where_linear_geglu_pays():
+    x, weight, bias = torch.zeros(2, 512, 16).half(), torch.zeros(32, 16).half(), torch.zeros(32).half()
+    assert linear_geglu.pays(x, weight, bias)
+    assert not linear_geglu.pays(x[:, 1:].contiguous(), weight, bias), "few rows"
+    assert not linear_geglu.pays(x[:, :, :12].contiguous(), weight[:, :12].contiguous(), bias), "rows of 24 bytes"
+    assert not linear_geglu.pays(x, weight[:24], bias[:24]), "a result's rows of 24 bytes"
+    assert not linear_geglu.pays(x, weight.T.contiguous().T, bias)
+    assert not linear_geglu.pays(x.float(), weight.float(), bias.float())
+    assert not linear_geglu.pays(x, weight.float(), bias) and not linear_geglu.pays(x, weight, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

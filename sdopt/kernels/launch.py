@@ -84,6 +84,11 @@ def check_image(kernel: str, x: torch.Tensor):
         )
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many the GPU of `x` has, one where kernels are interpreted."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int]:
     """(grid, rows a tile, columns a tile) for a kernel that looks at each number once: tiles of 2048 numbers, or less."""
     wide = min(512, triton.next_power_of_2(max(1, columns)))

@@ -6,7 +6,10 @@ Operations: 4 * rows * inputs * n, on tensor cores. In two kernels the product w
 again: these 4 * rows * n * itemsize bytes never leave the multiprocessor here, since a program computes a tile of values and
 the same tile of gates, side by side as one product of a tile of x, and gates while both are in its registers. The weights are
 fetched as what they are, two matrices [n, inputs] one after the other: a tile is the same rows of both. Bytes that stay: x, the
-weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost.
+weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost (`pays`).
+
+A program computes several large tiles, as many programs as there are multiprocessors. Its two loops, over tiles and over steps
+of a tile, are one to the compiler (`flatten`): while one tile is gated and written, the next one's numbers are on their way.
 
 In e4m3 a product takes half the time, and those bytes are the larger part. The result is written in e4m3, too, where its scale
 is known before: a row's own is known to no program, since none sees a whole row.
@@ -25,8 +28,9 @@ NAME = "linear_geglu"
 # Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead. A tensor core's widest product has 256
 # columns: 128 values and their gates.
 TILE, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
-TOGETHER = 8  # tiles of rows whose programs run at about the same time, and share weights in the GPU's cache
-FEW = 1024  # rows up to which large tiles would leave multiprocessors idle
+TOGETHER = 8  # tiles of rows that are computed at about the same time, and share weights in the GPU's cache
+ENOUGH = 1024  # rows: with fewer, large tiles would leave multiprocessors idle
+CAPABILITY = (9, 0)  # of GPUs that fetch a tile by one instruction, and on which it was measured
 
 
 def linear_geglu(
@@ -62,14 +66,16 @@ def linear_geglu(
     result = out if scale is None else Scaled(out, scales)
     if not out.numel():
         return result
-    tall, wide, deep, warps, stages = OF_BYTES if rounded else TILE if rows > FEW and x.dtype is not torch.float32 else FEW_ROWS
+    large = rounded or rows >= ENOUGH and x.dtype is not torch.float32
+    tall, wide, deep, warps, stages = OF_BYTES if rounded else TILE if large else FEW_ROWS
     if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
     tiles = TensorDescriptor.from_tensor
     halves = weight.view(2, outputs, inputs)
+    count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
     launch.start(
         _linear_geglu,
-        (triton.cdiv(rows, tall) * triton.cdiv(outputs, wide),),
+        (min(count, launch.multiprocessors(x)) if large else count,),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale, scales))),
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
@@ -78,6 +84,20 @@ def linear_geglu(
         num_stages=stages,
     )
     return result
+
+
+def pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether it takes these, in 16 bits, and is faster than a library's product and `geglu`: on Hopper, with rows enough."""
+    return (
+        (launch.INTERPRETED or x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY)
+        and bias is not None
+        and x.dtype == weight.dtype == bias.dtype
+        and x.itemsize == 2
+        and x.numel() >= ENOUGH * x.shape[-1]
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not any(n * x.itemsize % launch.ALIGNED for n in (x.shape[-1], len(weight) // 2))
+    )
 
 
 def reference(x, weight, bias):
@@ -98,34 +118,35 @@ def _linear_geglu(
     TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
     ROUNDED: tl.constexpr, ROUNDS: tl.constexpr, A_ROW: tl.constexpr,
 ):  # fmt: skip
-    # programs that run at the same time share rows of x and weights: TOGETHER tiles of rows by as many of outputs
+    # what is computed at the same time shares rows of x and weights: TOGETHER tiles of rows by as many of outputs
     down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE)
-    program, band = tl.program_id(0), TOGETHER * across
-    first = program // band * TOGETHER
-    high = tl.minimum(down - first, TOGETHER)
-    row = (first + program % band % high) * TALL
-    column = program % band // high * WIDE
-    both = tl.zeros([TALL, 2 * WIDE], tl.float32)
-    for k in range(0, inputs, DEEP):
-        some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
-        if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
-            some, of_both = some.to(tl.float32), of_both.to(tl.float32)
-        both = tl.dot(some, of_both.T, both, input_precision="ieee")
-    values, gates = both.reshape(TALL, 2, WIDE).permute(0, 2, 1).split()
-    at, line = column + tl.arange(0, WIDE), row + tl.arange(0, TALL)
-    if ROUNDED == "row":
-        of_line = tl.load(of_x + line, line < rows, 0.0)[:, None]
-        values *= of_line * tl.load(of_weight + at, at < outputs, 0.0)[None, :]
-        gates *= of_line * tl.load(of_weight + outputs + at, at < outputs, 0.0)[None, :]
-    elif ROUNDED == "all":
-        values *= tl.load(of_x) * tl.load(of_weight)
-        gates *= tl.load(of_x) * tl.load(of_weight)
-    values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
-    gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
-    gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
-    gated = values * gelu
-    if ROUNDS:
-        if A_ROW:
-            tl.store(scales + line, tl.zeros([TALL], tl.float32) + tl.load(of_out), (line < rows) & (column == 0))
-        gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
-    out.store([row, column], gated.to(out.dtype))
+    band = TOGETHER * across
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile // band * TOGETHER
+        high = tl.minimum(down - first, TOGETHER)
+        row = (first + tile % band % high) * TALL
+        column = tile % band // high * WIDE
+        both = tl.zeros([TALL, 2 * WIDE], tl.float32)
+        for k in range(0, inputs, DEEP):
+            some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
+            if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
+                some, of_both = some.to(tl.float32), of_both.to(tl.float32)
+            both = tl.dot(some, of_both.T, both, input_precision="ieee")
+        values, gates = both.reshape(TALL, 2, WIDE).permute(0, 2, 1).split()
+        at, line = column + tl.arange(0, WIDE), row + tl.arange(0, TALL)
+        if ROUNDED == "row":
+            of_line = tl.load(of_x + line, line < rows, 0.0)[:, None]
+            values *= of_line * tl.load(of_weight + at, at < outputs, 0.0)[None, :]
+            gates *= of_line * tl.load(of_weight + outputs + at, at < outputs, 0.0)[None, :]
+        elif ROUNDED == "all":
+            values *= tl.load(of_x) * tl.load(of_weight)
+            gates *= tl.load(of_x) * tl.load(of_weight)
+        values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
+        gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
+        gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
+        gated = values * gelu
+        if ROUNDS:
+            if A_ROW:
+                tl.store(scales + line, tl.zeros([TALL], tl.float32) + tl.load(of_out), (line < rows) & (column == 0))
+            gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
+        out.store([row, column], gated.to(out.dtype))
