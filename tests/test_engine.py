@@ -647,9 +647,21 @@ def test_gpu_pictures_in_any_order(on_gpu):
         for n in range(20)
     ]
     eager = [gpu_draw(on_gpu, **call) for call in calls]
+    parts = on_gpu.unet, on_gpu.vae, on_gpu.text_encoder
+    for part in parts:
+        part.float()
+    exact = [gpu_draw(on_gpu, **call) for call in calls]
+    for part in parts:
+        part.bfloat16()
     engine.prepare(on_gpu, keep=4)
-    for call, right in zip(calls, eager):
-        assert psnr(gpu_draw(on_gpu, **call), right) > 30, call
+    ours = [gpu_draw(on_gpu, **call) for call in calls]
+    # some pictures hang on a bfloat16's last digit, eager's too: they have to be no other picture, the others the same
+    steady = [psnr(one, right) > 45 for one, right in zip(eager, exact)]
+    assert sum(steady) >= 12
+    for call, one, right, same in zip(calls, ours, eager, steady):
+        assert psnr(one, right) > (35 if same else 20), call
+    off = [np.median([psnr(one, right) for one, right in zip(way, exact)]) for way in (ours, eager)]
+    assert off[0] > off[1] - 1, "as near to float32 as eager is"
     for part in (on_gpu.unet, on_gpu.vae.decoder, on_gpu.text_encoder):
         assert part.forward.entries and not part.forward.said
     engine.restore(on_gpu)

@@ -8,7 +8,7 @@ from made_up import row as made_up_row
 from made_up import until_killed
 from tiny import draw, unet_batches
 
-from sdopt import drawing, engine, models, path, quantization, results
+from sdopt import drawing, engine, models, path, quantization, results, timing
 from sdopt.bench import gallery, grids, process, sharing, studies
 from sdopt.cli import main
 
@@ -230,7 +230,8 @@ def test_on_a_gpu_calls_that_settle_are_short_and_the_engine_captures_each_batch
         task = drawing.Task(64, 64, 4, 3.0, (("a red sphere",) * batch,), (tuple(range(batch)),))
         with unet_batches(pipe) as batches:
             drawing.measure(pipe, task, settling=sharing.SETTLING)
-        assert batches == [2 * batch] * (4 + 2 + 4 + 4), "the first call, one to settle, the timed one, the stages"
+        calls = 4 + 2 + 4 + 4 * timing.STAGE_CALLS  # the first one, one of two steps to settle, the timed one, the stages
+        assert batches == [2 * batch] * calls
         assert len(pipe.unet.forward.entries) == 1
         sharing.renew(pipe, recipe)
         assert engine.is_prepared(pipe) and not pipe.unet.forward.entries
