@@ -42,8 +42,10 @@ def peers_figure(result_path, target):
         axes.errorbar(latency["median"], y, xerr=spread, fmt="o", color=INK, markersize=4, capsize=3, linewidth=1.2)
         label = figures.seconds(latency["median"]) + _ratio(bars, row)
         _beside(axes, latency["p80"], y, label)
-        axes.text(1.0, y, _first_calls(row), transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
-    axes.text(1.0, -0.6, "first call", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9, color=QUIET)
+        axes.text(1.01, y, _first_calls(row), transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
+    furthest = max((row["latency_s"]["p80"] for row in rows if row["id"] in bars), default=1.0)
+    axes.set_xlim(0, 1.25 * furthest)  # a label's room beyond it
+    axes.text(1.01, -0.6, "first call", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9, color=QUIET)
     axes.set_xlabel(f"seconds a picture, median and p20 to p80; x: times faster than {REFERENCE}", color=QUIET)
     kinds = {kind: KINDS[kind] for kind in KINDS if kind in map(_kind, rows)}
     handles = [Patch(color=colour, label=name) for colour, name in kinds.values()]
@@ -56,20 +58,28 @@ def peers_figure(result_path, target):
 def attention_figure(result_path, target):
     """Draw what a UNet call takes with each attention backend of a peer study into the PNG `target`.
 
+    By the GPU's kernels where they were profiled: the call itself may wait for Python to start them, whoever computes.
+
     Raises UserError as `peers_figure` does. Introduced in notebooks/10_the_whole_path.
     """
     result = results.read(result_path)
     rows = sorted((r for r in result["rows"] if r["id"] in BACKENDS), key=lambda row: list(BACKENDS).index(row["id"]))
-    bars = {
-        row["id"]: row["stages_ms"]["unet"] / row["stages_ms"]["unet_calls"] for row in rows if row["status"] == "ok"
-    }
+    done = [row for row in rows if row["status"] == "ok"]
+    took = {row["id"]: row["stages_ms"]["unet"] / row["stages_ms"]["unet_calls"] for row in done}
+    profiled = bool(done) and all(row.get("unet_kernels") for row in done)
+    bars = {row["id"]: figures.kernels_ms(row) / row["stages_ms"]["unet_calls"] for row in done} if profiled else took
     figure, axes = _bars(rows, bars, [BACKENDS[row["id"]] for row in rows])
     for y, row in enumerate(rows):
         if row["id"] in bars:
             ran = " and ".join(row.get("as_run", {}).get("attention") or ())
             label = f"{bars[row['id']]:.1f} ms" + _ratio(bars, row) + (f"   ran: {ran}" if ran else "")
-            _beside(axes, bars[row["id"]], y, label)
-    axes.set_xlabel("milliseconds a UNet call, mean of one picture's; x: times faster than PyTorch's pick", color=QUIET)
+            if profiled:
+                axes.barh(y, took[row["id"]], height=0.62, fill=False, edgecolor=QUIET, linewidth=0.8)
+            _beside(axes, max(bars[row["id"]], took[row["id"]]), y, label)
+    if took:
+        axes.set_xlim(0, 1.35 * max(*took.values(), *bars.values()))
+    what = "of the GPU's kernels in a UNet call (outline: of the whole call)" if profiled else "a UNet call, mean of one picture's"
+    axes.set_xlabel(f"milliseconds {what}; x: times faster than PyTorch's pick", color=QUIET)
     figures.title(figure, "Who computes attention: a UNet call by backend", result)
     figures.save(figure, target, [result_path])
 

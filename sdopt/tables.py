@@ -17,7 +17,7 @@ HEADER = (
 AGAINST = ("eager_bf16", "compile_max_autotune")  # the peers that all others are compared with
 PEERS_HEADER = (
     *("peer", "what", "median", "p20 to p80", "first call", "warm", "peak memory"),
-    *(*(f"{peer} /" for peer in AGAINST), "UNet, a call", "VAE", "attention"),
+    *(*(f"{peer} /" for peer in AGAINST), "UNet, a call", "in kernels", "VAE", "attention"),
 )
 KERNELS_HEADER = ("kernel", "shape", "eager", "torch.compile", "ours", "ours, GB/s", "of a copy's speed")
 FAILED = "failed: "
@@ -109,6 +109,7 @@ def _peer_cells(row, others):
         *_times(row),
         *(_gain(row, others.get(peer)) for peer in AGAINST),
         f"{stages['unet'] / stages['unet_calls']:.1f} ms" if stages["unet_calls"] else "",
+        f"{figures.kernels_ms(row) / stages['unet_calls']:.1f} ms" if row.get("unet_kernels") else "",
         f"{stages['vae']:.1f} ms",
         " and ".join(row.get("as_run", {}).get("attention") or ()),
     ]

@@ -41,8 +41,22 @@ def test_peers_are_shown_with_median_ratio_and_first_call(tmp_path, monkeypatch)
 
 
 def test_backends_are_shown_by_the_time_of_a_unet_call(tmp_path, monkeypatch):
-    _, shown = drawn(tmp_path, peerfigures.attention_figure, peers_result(), monkeypatch)
+    made = peers_result()
+    for row in made["rows"]:
+        row.pop("unet_kernels", None)
+    _, shown = drawn(tmp_path, peerfigures.attention_figure, made, monkeypatch)
     assert {"56.7 ms   ran: cudnn", "113.3 ms   0.50x   ran: math", "62.3 ms   0.91x   ran: flash"} <= set(shown)
+
+
+def test_backends_are_shown_by_their_kernels_where_a_profile_knows_them(tmp_path, monkeypatch):
+    made = peers_result()
+    for n, row in enumerate(made["rows"]):
+        if row["status"] == "ok":
+            row["unet_kernels"] = [{"samples": 2, "ms": {"attention": 1.0 + n, "other": 9.0}}]
+    _, shown = drawn(tmp_path, peerfigures.attention_figure, made, monkeypatch)
+    order = [row["id"] for row in made["rows"]]
+    picked, math = (10.0 + order.index(i) for i in ("eager_bf16", "sdpa_math"))
+    assert {f"{picked:.1f} ms   ran: cudnn", f"{math:.1f} ms   {picked / math:.2f}x   ran: math"} <= set(shown)
 
 
 @pytest.mark.parametrize("draw", [peerfigures.peers_figure, peerfigures.attention_figure])
