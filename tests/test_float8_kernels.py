@@ -108,9 +108,8 @@ def test_linear_geglu(device, shape, outputs, scales, rounds):
         off = (ours.double() - exact).abs()
         assert ours.dtype is torch.bfloat16 and (off <= 2.0**-7 * exact.abs() + 2.0**-8 * exact.abs().amax(-1, True)).all()
         return
-    rows = exact.numel() // outputs
-    assert ours.scale.shape == ((rows, 1) if scales == "row" else ()) and (ours.scale == scale).all()
-    if rows:
+    assert ours.scale is scale
+    if exact.numel():
         close = linear_geglu.linear_geglu(x, weight, bias).double()  # before it is rounded, but to bfloat16
         inside = close.clamp(-448 * 0.3, 448 * 0.3)
         off = (ours.values.double() * scale.double() - inside).abs()

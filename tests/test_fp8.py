@@ -205,9 +205,9 @@ def rounded_by_hand(unet, scales):
         for linear in places:
             joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
             whole = (max(farthest) if joined else linear.weight.abs().max()) / 448
-            by_row = scales == "row"
+            by_row = scales == "row" and linear is not narrow
             linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
-            takes = "row" if by_row and linear is not narrow else largest[linear]
+            takes = "row" if by_row else largest[linear]
             round_input = lambda module, args, takes=takes: (rounded(args[0], takes),)
             linear.register_forward_pre_hook(round_input)
     return unet

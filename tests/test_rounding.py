@@ -75,7 +75,7 @@ def test_the_engine_takes_the_layers_that_gain_in_the_recorded_sweep():
     ours = spent(taken, "row") + spent([row for row in rows if row["before"] and row not in taken], "bf16")
     assert ours < 1.02 * best, "a rule in one number loses little against choosing layer by layer"
     assert spent(taken, "row") < 0.9 * spent(taken, "bf16")
-    assert spent(taken, "row") < 1.05 * spent(taken, "tensor"), "the default scales"
+    assert spent(taken, "tensor") < spent(taken, "row"), "what `prepare` says of its scales"
 
 
 @recorded_sweep

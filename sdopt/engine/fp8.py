@@ -105,7 +105,7 @@ class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
     `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `largest()`: a number
-    that no input is beyond. `bounded`: the input comes by one scale even where the others have a scale a row.
+    that no input is beyond. `bounded`: input and weights have one scale even where the others have a scale a row.
     """
 
     used = False
@@ -114,15 +114,13 @@ class Layer:
         self.parts, self.largest, self._all = parts, largest, rounding.filter == "all"
         self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
-        self.by_row = rounding.scales == "row"
+        self.by_row = rounding.scales == "row" and not bounded
         values = new(sum(self.sizes), parts[0].in_features, dtype=E4M3)
         self.weight = Scaled(values, new(len(values), 1) if self.by_row else new())
-        self.takes = "row" if self.by_row and not bounded else new()
+        self.takes = "row" if self.by_row else new()
 
     def __call__(self, x: Scaled) -> torch.Tensor:
         self.used = True
-        if self.by_row and not x.scale.ndim:
-            x = Scaled(x.values, x.scale.expand(x.values.numel() // x.values.shape[-1], 1).contiguous())
         return product(x, self.weight, self.parts[0].bias)
 
     def gated(self, x: Scaled, takes: torch.Tensor) -> Scaled:
@@ -142,7 +140,6 @@ class Layer:
         else:
             largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
             scales = self.weight.scale.copy_(scale_of(torch.stack(largest).amax()))
-        if not isinstance(self.takes, str):
             self.takes.copy_(scale_of(self.largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))

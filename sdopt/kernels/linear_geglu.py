@@ -39,8 +39,8 @@ def linear_geglu(
     """`x`: [..., inputs]; `weight`: [2n, inputs], values first; `bias`: [2n]; all contiguous, of one dtype; returns [..., n].
 
     float32, float16 or bfloat16; summed and gated in float32, rounded once. `x` and `weight` may be in e4m3, both with scales a
-    row or both with one for all, and the result is of the dtype of `bias`; with a `scale`, one float32 number, it is in e4m3,
-    its scale again one a row where that of `x` is. Raises UserError for other shapes, layouts or dtypes, and for rows of x, or
+    row or both with one for all, and the result is of the dtype of `bias`; with a `scale`, one float32 number, it is in e4m3
+    by that. Raises UserError for other shapes, layouts or dtypes, and for rows of x, or
     of the result, that are not a multiple of 16 bytes. Source: https://arxiv.org/abs/2002.05202.
     """
     (x, of_x), (weight, of_weight) = (part if isinstance(part, Scaled) else (part, None) for part in (x, weight))
@@ -60,10 +60,7 @@ def linear_geglu(
     out = bias.new_empty(shape) if scale is None else place(NAME, bias, shape, scale).values
     if any(n % launch.ALIGNED for n in (inputs * x.itemsize, outputs * out.itemsize, x.data_ptr(), weight.data_ptr())):
         raise UserError(f"{NAME}: rows of {inputs} inputs and {outputs} outputs do not begin at multiples of 16 bytes")
-    scales = scale
-    if scale is not None and rounded and by_row:
-        scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
-    result = out if scale is None else Scaled(out, scales)
+    result = out if scale is None else Scaled(out, scale)
     if not out.numel():
         return result
     large = rounded or rows >= ENOUGH and x.dtype is not torch.float32
@@ -77,9 +74,9 @@ def linear_geglu(
         _linear_geglu,
         (min(count, launch.multiprocessors(x)) if large else count,),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
-        *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale, scales))),
+        *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale))),
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
-        *(("row" if by_row else "all") if rounded else "", scale is not None, scales is not scale),
+        *(("row" if by_row else "all") if rounded else "", scale is not None),
         num_warps=warps,
         num_stages=stages,
     )
@@ -114,9 +111,9 @@ def bytes_moved(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
 
 @triton.jit
 def _linear_geglu(
-    x, weight, bias, out, of_x, of_weight, of_out, scales, rows, outputs, inputs,
+    x, weight, bias, out, of_x, of_weight, of_out, rows, outputs, inputs,
     TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
-    ROUNDED: tl.constexpr, ROUNDS: tl.constexpr, A_ROW: tl.constexpr,
+    ROUNDED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     # what is computed at the same time shares rows of x and weights: TOGETHER tiles of rows by as many of outputs
     down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE)
@@ -146,7 +143,5 @@ def _linear_geglu(
         gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
         gated = values * gelu
         if ROUNDS:
-            if A_ROW:
-                tl.store(scales + line, tl.zeros([TALL], tl.float32) + tl.load(of_out), (line < rows) & (column == 0))
             gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
         out.store([row, column], gated.to(out.dtype))
