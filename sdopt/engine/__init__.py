@@ -32,8 +32,8 @@ def prepare(
 
     `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to
     it as they come (see `fp8`); a ControlNet's and the VAE's stay as they are. `scales`: "row", one a row of the input and
-    one an output, or "tensor", one each, which is faster. `filter`: "measured", the products that are faster so, or "all", to see what
-    rounding does to a small model.
+    one an output, or "tensor", one each, which is faster. `filter`: "measured", the products that are faster so, or
+    "all", to see what rounding does to a small model.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, `keep`
     below 1, one that is prepared in another precision, and of fp8 for a GPU before compute capability 8.9.
     Introduced in notebooks/12_cuda_graphs, `precision` in notebooks/13_fp8.
