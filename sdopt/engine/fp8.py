@@ -178,31 +178,12 @@ class Convolution:
         to_float8(self.rows(), out=self.weight)
 
 
-class Layers(dict):
-    """{module of diffusers: its `Layer`}, rounded once a picture: weights that were changed in place show in the next."""
-
-    replay = None
-
-    @torch.no_grad()
-    def gather(self, capture):
-        """Round all weights; by a graph from the second time on, `capture(call)` returning its replay first."""
-
-        def round_all():
-            for layer in self.values():
-                layer.gather()
-
-        if self.replay:
-            self.replay()
-        elif self:
-            self.replay, _ = capture(round_all)
-
-
-def layers(blocks, rounding: Rounding | None, resnets=()) -> Layers:
-    """The `Layers` of transformer blocks: of those parts that are PyTorch's own, or merged with their LoRA.
+def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Layer | Convolution]:
+    """{module: its `Layer`} of transformer blocks: of those parts that are PyTorch's own, or merged with their LoRA.
 
     And the `Convolution`s of residual blocks, `resnets`, that are computed by `fused`.
     """
-    found = Layers()
+    found = {}
     for block in resnets if rounding else ():
         for norm, conv in ((block.norm1, block.conv1), (block.norm2, block.conv2)):
             if _fits_convolution(conv):

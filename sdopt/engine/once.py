@@ -35,10 +35,25 @@ class Once:
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
         self.places = {block: (end - width, end) for block, width, end in zip(self.resnets, widths, ends)}
-        self.weight = self.bias = self.shifts = None
+        self.weight = self.bias = self.shifts = self.replay = None
 
     @torch.no_grad()
     def gather(self):
+        """Compute what is computed from weights, as they are now: some hundred short operations."""
+        self._copy()
+        for layer in self.rounded.values():
+            layer.gather()
+
+    @torch.no_grad()
+    def renew(self, capture):
+        """`gather` by a graph, but for the first time; `capture(call)` runs `call` and returns a graph's replay first."""
+        if self.replay:
+            self.replay()
+        else:
+            self._copy()  # makes room outside the graph's memory
+            self.replay, _ = capture(lambda: self.gather())
+
+    def _copy(self):
         """Copy weights together that meet the same input, and fold the upsamplers'.
 
         The time projections become one product of [samples, 1280] in place of some twenty; three projections as one keep
@@ -73,6 +88,7 @@ class Once:
         if layer in self.rounded and layer not in self.joined:
             self.selves.append(layer)
             self.joined[layer] = torch.cat([part.weight for part in self.rounded[layer].parts])
+            self.replay = None
         return self.joined.get(layer)
 
     def read_prompt(self, text):

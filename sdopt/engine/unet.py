@@ -46,8 +46,7 @@ class UNet(graphs.Captured):
             self.held = None
         if self.reason is None:
             self.held = self.held or _held(self.module, self.rounding)
-            self.held.gather()
-            self.held.rounded.gather(lambda call: graphs.capture(call, self.memory))
+            self.held.renew(lambda call: graphs.capture(call, self.memory))
 
 
 class _Entry:
