@@ -25,7 +25,6 @@ NAME = "conv_float8"
 # to the others. Measured on an H200 at the sizes of SDXL's and SD 1.5's convolutions, with six tiles more to choose from: which
 # of these three `tile` takes was the fastest of the nine or within 5 % of it at each.
 TILES = {(256, 128, 128, 8, 3): 16, (128, 128, 128, 4, 4): 9, (64, 128, 128, 4, 5): 6}
-MULTIPROCESSORS, MEMORY = 132, 227 * 1024  # of an H200: how many, and the bytes of its own that each has for a tile
 
 
 def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -49,7 +48,7 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) 
     shape = batch, outputs, high - 1, wide - 1
     out = torch.empty(shape, dtype=dtype, device=x.values.device, memory_format=torch.channels_last)
     rows = batch * high * wide
-    tall, across, deep, warps, stages = tile(rows, outputs, *_gpu(x.values.device))
+    tall, across, deep, warps, stages = tile(rows, outputs, launch.multiprocessors(x.values), launch.memory(x.values))
     tiles = TensorDescriptor.from_tensor
     launch.start(
         _conv,
@@ -62,7 +61,7 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) 
     return out
 
 
-def tile(rows: int, outputs: int, multiprocessors: int = MULTIPROCESSORS, memory: int = MEMORY) -> tuple[int, ...]:
+def tile(rows: int, outputs: int, multiprocessors: int, memory: int) -> tuple[int, ...]:
     """Which of TILES has so many positions and outputs computed first, and no more steps loaded ahead than `memory` holds.
 
     A multiprocessor has one tile at a time, so it takes as many turns as there are tiles for each, a begun one being whole.
@@ -70,14 +69,6 @@ def tile(rows: int, outputs: int, multiprocessors: int = MULTIPROCESSORS, memory
     turns = lambda tile: triton.cdiv(triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1]), multiprocessors)
     tall, across, deep, warps, stages = min(TILES, key=lambda tile: turns(tile) * TILES[tile])
     return tall, across, deep, warps, min(stages, memory // ((tall + across) * deep))
-
-
-def _gpu(device):
-    """What `tile` asks of a GPU; an H200 where kernels are interpreted."""
-    if launch.INTERPRETED:
-        return MULTIPROCESSORS, MEMORY
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def bordered(x: torch.Tensor, scale: torch.Tensor) -> Scaled:
