@@ -26,6 +26,11 @@ def whole(row: Mapping, way: str) -> float:
     return seconds[way] + (0 if way == "bf16" else seconds[f"pass_{way}"])
 
 
+def multiplications(row: Mapping) -> int:
+    """Of a 3x3 convolution of the study `fp8-shapes`, at the borders of its images, too."""
+    return row["samples"] * row["lines"] ** 2 * 9 * row["inputs"] * row["outputs"]
+
+
 def number_lines(formats: Mapping[str, Sequence[float]]):
     """The numbers of each format as ticks, the largest at 1: all of them on a line, and those above 0 by powers of two.
 

@@ -1,4 +1,4 @@
-"""The engine with linear layers in e4m3: on a CPU with the stand-in for CUDA graphs, on a GPU as it is."""
+"""The engine with layers in e4m3: on a CPU with the stand-in for CUDA graphs, on a GPU as it is."""
 
 import copy
 
@@ -315,5 +315,5 @@ def test_gpu_preparing_takes_seconds_and_a_byte_a_weight():
     engine.prepare(pipe, **EVERY)
     gpu_draw(pipe, side=512, steps=2)
     rounded = pipe.unet.forward.held.rounded
-    assert len(rounded) == 4 * 16, "16 transformer blocks"
-    assert sum(layer.weight.values.nbytes for layer in rounded.values()) < 0.5 * sum(p.numel() for p in pipe.unet.parameters())
+    assert len(rounded) == 4 * 16 + 2 * 22, "16 transformer blocks, 22 residual ones"
+    assert sum(layer.weight.values.nbytes for layer in rounded.values()) < 0.85 * sum(p.numel() for p in pipe.unet.parameters())

@@ -1,4 +1,4 @@
-"""The kernels that write e4m3 compiled for GPUs that need not be there: in a process of its own, without the interpreter."""
+"""The kernels of e4m3 compiled for GPUs that need not be there: in a process of its own, without the interpreter."""
 
 import os
 import subprocess
@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 CODE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sdopt.kernels import add_layer_norm, geglu, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, to_float8
 
-TYPES = {"out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32", "rows": "i32", "wide": "i32", "half": "i32", "channels": "i32"}
+TYPES = {"out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
+TYPES |= dict.fromkeys(("rows", "wide", "half", "channels", "high", "outputs"), "i32")
 KERNELS = [
     (to_float8._to_float8, {"TALL": 2, "WIDE": 2048, "OWN": True}),
     (to_float8._to_float8, {"TALL": 1, "WIDE": 8192, "OWN": False}),
@@ -24,18 +25,25 @@ KERNELS = [
     (geglu._geglu, {"TALL": 4, "WIDE": 512, "SCALED": True}),
 ]
 
-def assembly(kernel, constants, capability):
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*bf16") for name in names}
+def compiled(kernel, constants, capability, types={}, **options):
+    names, types = kernel.arg_names, TYPES | types
+    signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, places)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm["ptx"]
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8} | options)
 
 for capability in (89, 90):
     for kernel, constants in KERNELS:
-        assert "satfinite.e4m3x2" in assembly(kernel, constants, capability), (kernel, capability)
+        assert "satfinite.e4m3x2" in compiled(kernel, constants, capability).asm["ptx"], (kernel, capability)
+for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multiprocessor has for one tile
+    tall, across, deep, warps, stages = conv_float8.tile(2 * 129**2, 320, 132, memory)  # the largest
+    types = {"x": f"tensordesc<fp8e4nv[{tall}, {deep}]>", "weight": f"tensordesc<fp8e4nv[{across}, {deep}]>"}
+    types |= {"out": "*bf16", "x_scale": "*fp32", "scales": "*fp32"}
+    constants = {"TALL": tall, "ACROSS": across, "DEEP": deep, "EXACT": False}
+    found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
+    assert found.metadata.shared <= memory, (capability, found.metadata.shared)
 try:
-    assembly(*KERNELS[0], 80)
+    compiled(*KERNELS[0], 80)
 except Exception as error:
     assert "fp8e4nv not supported" in str(error), error
     print("compiled")

@@ -62,6 +62,12 @@ def test_the_rule_is_what_makes_all_layers_fastest_together():
     assert study.whole(rows[0] | {"before": None}, "row") == 6.2 and study.whole(rows[0] | {"before": None}, "bf16") == 1.0
     assert study.fewest(rows) == 2**29
     assert study.fewest([made_up(2**18, 1.0, 0.5)]) <= 2**26
+    image = lambda samples, bf16, e4m3: {
+        "samples": samples, "lines": 2**8, "inputs": 16, "outputs": 16, "seconds": {"bf16": bf16, "e4m3": e4m3}
+    }  # fmt: skip
+    images = [image(1, 1.0, 1.5), image(2, 2.0, 2.1), image(4, 3.0, 2.5)]  # of 9/8 * 2**27 multiplications, and twice that
+    assert [study.multiplications(row) for row in images] == [9 * 2**24, 9 * 2**25, 9 * 2**26]
+    assert study.fewest_of_convolutions(images) == 2**29 and study.fewest_of_convolutions(images[1:]) in (2**29, 2**28)
 
 
 @recorded_sweep
@@ -76,6 +82,35 @@ def test_the_engine_takes_the_layers_that_gain_in_the_recorded_sweep():
     assert ours < 1.02 * best, "a rule in one number loses little against choosing layer by layer"
     assert spent(taken, "row") < 0.9 * spent(taken, "bf16")
     assert spent(taken, "tensor") < spent(taken, "row"), "what `prepare` says of its scales"
+
+
+@recorded_sweep
+def test_the_engine_takes_the_convolutions_that_gain_in_the_recorded_sweep():
+    metrics = results.read_json(RECORDED / "fp8-shapes.json")["metrics"]
+    rows = metrics["convolutions"]
+    assert fp8.FEWEST_OF_CONVOLUTION == study.fewest_of_convolutions(rows)
+    assert metrics["fewest"].get("convolution", fp8.FEWEST_OF_CONVOLUTION) == fp8.FEWEST_OF_CONVOLUTION
+    for row in rows:  # the engine's own count
+        with torch.device("meta"):
+            conv = torch.nn.Conv2d(row["inputs"], row["outputs"], 3)
+        row["taken"] = fp8.Convolution(conv, None, fp8.Rounding("row", "measured")).pays(row["samples"] * row["lines"] ** 2)
+        assert row["taken"] == (study.multiplications(row) >= fp8.FEWEST_OF_CONVOLUTION)
+    taken = [row["seconds"] for row in rows if row["taken"]]
+    best = sum(min(row["seconds"].values()) for row in rows)
+    ours = sum(row["seconds"]["e4m3" if row["taken"] else "bf16"] for row in rows)
+    assert ours < 1.02 * best, "a rule in one number loses little against choosing one by one"
+    assert sum(seconds["e4m3"] for seconds in taken) < 0.9 * sum(seconds["bf16"] for seconds in taken)
+
+
+@recorded_sweep
+def test_gating_in_the_same_kernel_gains_where_the_engine_does_it_in_the_recorded_sweep():
+    rows = results.read_json(RECORDED / "fp8-shapes.json")["metrics"]["shapes"]
+    second = {(row["rows"], row["outputs"]): row for row in rows if row["layer"] == "feed-forward 2"}
+    taken = [(row, second[row["rows"], row["inputs"]]) for row in rows if row["layer"] == study.GATED]
+    taken = [pair for pair in taken if all(fp8.pays(row["rows"], row["inputs"], row["outputs"]) for row in pair)]
+    assert len(taken) > 4, "SDXL's and the largest of SD 1.5's"
+    apart = sum(wide["seconds"]["row"] + narrow["seconds"]["before_tensor"] for wide, narrow in taken)
+    assert sum(wide["seconds"]["gated_row"] for wide, _ in taken) < apart
 
 
 @recorded_sweep

@@ -264,7 +264,8 @@ def _fp8(options, head, device):
     if options.study == "fp8-shapes":
         found = {"products": throughput.ceiling(device), "shapes": rounding.shapes(device)}
         found |= {"convolutions": rounding.convolutions(device)}
-        found |= {"fewest": {way: rounding.fewest(found["shapes"], way) for way in ("row", "tensor")}}
+        fewest = {way: rounding.fewest(found["shapes"], way) for way in ("row", "tensor")}
+        found |= {"fewest": fewest | {"convolution": rounding.fewest_of_convolutions(found["convolutions"])}}
     else:
         found = rounding.errors(device)
     results.write_json(options.out / f"{options.study}.json", head | {"metrics": found})

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
 from sdopt.bench.fusions import CACHE, in_turn
 from sdopt.engine import fp8
-from sdopt.fp8figures import whole
+from sdopt.fp8figures import multiplications, whole
 from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, to_float8
 from sdopt.pocket.captions import test_prompts
 
@@ -122,10 +122,20 @@ def _convolved(device, samples, lines, inputs, outputs, timed):
 
 def fewest(rows, way="row"):
     """From how many multiplications on fp8 is to be taken, a power of two: what makes all layers of `shapes` fastest in sum."""
-    rows = [row for row in rows if row["before"]]
     count = lambda row: row["rows"] * row["inputs"] * row["outputs"]
-    taken = lambda least: sum(whole(row, way if count(row) >= least else "bf16") for row in rows)
-    return min((2**n for n in range(24, 40)), key=taken)
+    return _fewest((count(row), whole(row, "bf16"), whole(row, way)) for row in rows if row["before"])
+
+
+def fewest_of_convolutions(rows):
+    """The same of `convolutions`; what writes e4m3 before them writes fewer bytes than in bf16, and is left out."""
+    return _fewest((multiplications(row), row["seconds"]["bf16"], row["seconds"]["e4m3"]) for row in rows)
+
+
+def _fewest(layers):
+    """Of layers (multiplications, seconds in bf16, seconds in fp8)."""
+    layers = list(layers)
+    spent = lambda least: sum(fp8 if count >= least else bf16 for count, bf16, fp8 in layers)
+    return min((2**n for n in range(24, 40)), key=spent)
 
 
 def errors(device, names=(("pocket", "shipped"), ("sdxl", "random")), pictures=PICTURES):

@@ -1,18 +1,19 @@
 """Linear layers and convolutions in e4m3: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
-self-attention as one product, the query of a cross-attention, a feed-forward's first half) or GEGLU (its second half). That
-is 16 of the 18 parts that the linear layers of a block compute at every step; what attention gives (`to_out`) and the
-projections around a model's blocks would need a pass of their own, and stay as they are.
+self-attention as one product, the query of a cross-attention, a feed-forward's first half), GEGLU (its second half), or a group
+norm (the two 3x3 convolutions of a residual block). That is 16 of the 18 parts that the linear layers of a transformer block
+compute at every step; what attention gives (`to_out`), the projections around a model's blocks and the convolutions between
+blocks would need a pass of their own, and stay as they are. So does attention itself.
 
-Linear layers are torch._scaled_mm's, the 3x3 convolutions of residual blocks `conv_float8`'s, whose input the norm before each
-writes in e4m3, with a bound for a scale.
+Products of linear layers are torch._scaled_mm's, but for a feed-forward's first half, which `linear_geglu` computes with the
+GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
-picture depends on those before it. What GEGLU gives has such a bound for a scale in either case: it is written by the kernel
-that multiplies and gates (`linear_geglu`), none of whose programs sees a whole row. That the bound is tens of times what is common costs little: e4m3 is a float, and keeps its
-three bits down to 2**-15 of the bound.
+picture depends on those before it. Two inputs have such a bound for a scale in either case: what GEGLU gives, for no program of
+`linear_geglu` sees a whole row, and a convolution's, which sums positions that must then have one scale. That the bound is tens
+or hundreds of times what is common costs little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
@@ -20,8 +21,8 @@ mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capab
 scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` a tensor core's
 own sums, of fewer bits than float32, run through a whole product; without, they are added up in float32 on the way.
 
-Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (1.6 GB for SDXL, less 0.6 GB of joined
-projections that this spares).
+Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (for SDXL 1.6 GB of linear layers and
+0.3 GB of convolutions, less 0.6 GB of joined projections that this spares).
 """
 
 from dataclasses import dataclass
@@ -39,9 +40,8 @@ from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
 DTYPE, MULTIPLE = torch.bfloat16, 16
 # Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3: what makes the layers of the sweep
-# fp8-shapes fastest in sum. Provisional until that is recorded.
-FEWEST = 2**31
-FEWEST_OF_CONVOLUTION = 2**62  # none, until that is recorded
+# fp8-shapes fastest in sum, as recorded on an H200; and of a convolution, positions * 9 * inputs * outputs.
+FEWEST, FEWEST_OF_CONVOLUTION = 2**31, 2**32
 POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 
 

@@ -17,7 +17,7 @@ class UNet(graphs.Captured):
 
     At a shape's first call two graphs are captured: one of what is computed from the prompt, replayed when the prompt is
     another or a picture begins, and one of a step. Arguments that are not known here are left to diffusers. `rounding`:
-    which of its linear layers are in e4m3 (see `fp8`), None for none.
+    which of its layers are in e4m3 (see `fp8`), None for none.
     """
 
     rounding = None

@@ -89,6 +89,11 @@ def multiprocessors(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
+def memory(x: torch.Tensor) -> int:
+    """Bytes that a multiprocessor of the GPU of `x` has for what one program loads, an H200's where kernels are interpreted."""
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 227 * 1024
+
+
 def tiles(rows: int, columns: int) -> tuple[tuple[int, int], int, int]:
     """(grid, rows a tile, columns a tile) for a kernel that looks at each number once: tiles of 2048 numbers, or less."""
     wide = min(512, triton.next_power_of_2(max(1, columns)))
