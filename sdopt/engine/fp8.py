@@ -12,8 +12,9 @@ GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
 picture depends on those before it. Two inputs have such a bound for a scale in either case: what GEGLU gives, for no program of
-`linear_geglu` sees a whole row, and a convolution's, which sums positions that must then have one scale. That the bound is tens
-or hundreds of times what is common costs little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
+`linear_geglu` sees a whole row (and the weights it meets have one scale then, too), and a convolution's, which sums positions
+that must then have one. That the bound is tens or hundreds of times what is common costs little: e4m3 is a float, and keeps its
+three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
