@@ -11,7 +11,7 @@ from test_engine import RECORDED, captured, gpu_draw, on_gpu, small, tiny  # noq
 from tiny import psnr
 
 from sdopt import engine, guidance, models, precision
-from sdopt.engine import fp8
+from sdopt.engine import fp8, fused
 from sdopt.errors import UserError
 from sdopt.kernels import conv_float8, launch, linear_geglu, to_float8
 
@@ -48,6 +48,7 @@ def rounding(captured, tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fp8, "to_float8", by_reference)
     monkeypatch.setattr(fp8, "conv_float8", convolved)
     monkeypatch.setattr(fp8, "linear_geglu", gated)
+    monkeypatch.setattr(fused, "ENOUGH", 1)
     monkeypatch.setattr(launch, "INTERPRETED", True)  # where there is a GPU, too: all kernels are their references
     return precision.half_precision(tiny)
 
@@ -134,7 +135,7 @@ def test_a_small_model_has_no_layer_that_gains(rounding):
 
 
 def test_few_rows_may_not_be_worth_it_where_many_are(rounding, monkeypatch):
-    monkeypatch.setattr(fp8, "FEWEST", 2 * 16 * 64 * 256)
+    monkeypatch.setattr(fp8, "FEWEST", dict.fromkeys(fp8.SCALES, 2 * 16 * 64 * 256))
     engine.prepare(rounding, precision="fp8")
     few = small(rounding, height=8, width=8)
     held = rounding.unet.forward.held

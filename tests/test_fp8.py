@@ -20,6 +20,7 @@ from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
 from sdopt.kernels import to_float8
+from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.to_float8 import Scaled
 
 STEP, LAST = 2.0**-4, 2.0**-10
@@ -221,9 +222,16 @@ def rounded(x, scales):
 
 
 @pytest.mark.parametrize("scales", fp8.SCALES)
+@pytest.mark.parametrize("enough", [1, 1024], ids=["many rows", "few rows"])
 @torch.no_grad()
-def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
-    """In bfloat16, against float64 and against float64 with the same numbers rounded to e4m3; in the interpreter on a CPU."""
+def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enough, monkeypatch):
+    """In bfloat16, against float64 and against float64 with the same numbers rounded to e4m3; in the interpreter on a CPU.
+
+    Gated in the kernel of the product, or after it.
+    """
+    ran = []
+    monkeypatch.setattr(fused, "ENOUGH", enough)
+    monkeypatch.setattr(fp8, "linear_geglu", lambda *args: (ran.append(1), linear_geglu(*args))[1])
     model = tiny_sdxl().unet.mid_block.attentions[0].bfloat16()
     torch.manual_seed(1)
     for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):  # as after training, and one channel far out
@@ -242,6 +250,7 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
         ours = call(model, torch.bfloat16, device)
     off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
     assert len(layers) == 4 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
+    assert len(ran) == (len(model.transformer_blocks) if enough == 1 else 0)
     assert off(by_hand, exact) > 1.5 * off(plain, exact), "it has to matter"
     assert off(ours, exact) < 1.1 * off(by_hand, exact) + off(plain, exact)
     # a number that bfloat16 moved by 1/256 falls to the next of e4m3, 1/8 away, once in 32 times: sqrt(1/32) of a step,
@@ -251,6 +260,7 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales):
 
 def test_what_is_worth_it_is_a_question_of_size():
     assert fp8.pays(2048, 1280, 10240) and not fp8.pays(256, 128, 384)
+    assert fp8.pays(512, 1280, 1280, "tensor") and not fp8.pays(512, 1280, 1280, "row")
     by_filter = [Layer([nn.Linear(1280, 1280)], None, Rounding("row", filter)) for filter in fp8.FILTERS]
     assert [[layer.pays(rows) for rows in (16, 16384)] for layer in by_filter] == [[False, True], [True, True]]
 

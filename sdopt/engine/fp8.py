@@ -40,9 +40,9 @@ from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, 
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
 DTYPE, MULTIPLE = torch.bfloat16, 16
-# Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3: what makes the layers of the sweep
-# fp8-shapes fastest in sum, as recorded on an H200; and of a convolution, positions * 9 * inputs * outputs.
-FEWEST, FEWEST_OF_CONVOLUTION = 2**31, 2**32
+# Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3, by its scales: what makes the layers
+# of the sweep fp8-shapes fastest in sum, as recorded on an H200; and of a convolution, positions * 9 * inputs * outputs.
+FEWEST, FEWEST_OF_CONVOLUTION = {"row": 2**31, "tensor": 2**24}, 2**32
 POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 
 
@@ -83,9 +83,9 @@ def check(unet: nn.Module, rounding: Rounding):
         ) from error
 
 
-def pays(rows: int, inputs: int, outputs: int) -> bool:
+def pays(rows: int, inputs: int, outputs: int, scales: str = "row") -> bool:
     """Whether a product of that size is faster in e4m3, rounding included. Introduced in notebooks/13_fp8."""
-    return rows * inputs * outputs >= FEWEST
+    return rows * inputs * outputs >= FEWEST[scales]
 
 
 def product(x: Scaled, weight: Scaled, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Layer:
 
     def pays(self, rows: int) -> bool:
         """Whether it is worth it for so many rows."""
-        return self._all or pays(rows, self.weight.values.shape[1], len(self.weight.values))
+        return self._all or pays(rows, *self.weight.values.T.shape, "row" if self.by_row else "tensor")
 
     def gather(self):
         """Round the weights as they are now."""

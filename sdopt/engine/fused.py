@@ -21,7 +21,7 @@ from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
 from sdopt.kernels.group_norm import group_norm
-from sdopt.kernels.linear_geglu import linear_geglu, pays
+from sdopt.kernels.linear_geglu import ENOUGH, linear_geglu, pays
 from sdopt.kernels.prompt_attention import fits, prompt_attention
 from sdopt.kernels.softmax import softmax
 from sdopt.kernels.upsample_conv import upsample_conv
@@ -132,16 +132,17 @@ def _transformer_block(block, h, pending, text):
     From the same two summands, `h` and `pending`, before it.
     """
     layers = block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]
-    own, cross, wide, narrow = (_rounded(layer, h.shape[:-1].numel()) for layer in layers)
+    rows = h.shape[:-1].numel()
+    own, cross, wide, narrow = (_rounded(layer, rows) for layer in layers)
     h, n = _added(h, pending, block.norm1, own)
     h, n = _added(_attended(block.attn1, n, None, own), h, block.norm2, cross)
     h, n = _added(_attended(block.attn2, n, text, cross), h, block.norm3, wide)
-    return h, narrow or layers[3], _gated(wide, narrow, layers[2], n)
+    return h, narrow or layers[3], _gated(wide, narrow, layers[2], n, rows)
 
 
-def _gated(wide, narrow, layer, x):
+def _gated(wide, narrow, layer, x, rows):
     """The first half of a feed-forward, `layer` and GEGLU; `wide`, `narrow`: what stands for it and the second half in e4m3."""
-    if wide and narrow and not isinstance(narrow.takes, str):
+    if wide and narrow and not isinstance(narrow.takes, str) and rows >= ENOUGH:
         return wide.gated(x, narrow.takes)
     if not (wide or narrow) and plain.is_stock(layer, kind=nn.Linear) and pays(x, layer.weight, layer.bias):
         return linear_geglu(x, layer.weight, layer.bias)
