@@ -14,8 +14,10 @@ KINDS = {  # by what the name of a layer holds
     "attn2": "cross-attention\nq",
     "ff.net.0": "feed-forward,\nfirst half",
     "ff.net.2": "feed-forward,\nsecond half",
+    "resnets": "residual block,\nconvolutions",
 }
 SWEPT = {"self-attention": "o", "cross-attention": "s", "feed-forward 1": "^", "feed-forward 2": "v", "output": "x"}
+CONVOLVED = {"sdxl": "o", "sd15": "s"}
 
 
 def whole(row: Mapping, way: str) -> float:
@@ -97,25 +99,57 @@ def by_layer(cases: Sequence[tuple[str, Sequence[Mapping]]]):
     return figure
 
 
-def sweep(title: str, rows: Sequence[Mapping], fewest: int):
-    """A mark a layer and size of the study `fp8-shapes`: how many times as fast as bf16, rounding included, by its size.
+def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int):
+    """A mark a layer and size of the study `fp8-shapes`: how many times as fast as bf16 it is, by its size.
 
-    `fewest`: the multiplications from which on the engine takes a product. Introduced in notebooks/13_fp8.
+    Linear layers with what rounds for them, by a scale a row or, a feed-forward's second half, by one, as the engine has them; a
+    first half also with GEGLU in the same kernel. Convolutions of each model without what rounds. `fewest`, `fewest_of_convolution`: the multiplications from
+    which on the engine takes one. Introduced in notebooks/13_fp8.
     """
-    figure = figures.Plot(figsize=(9, 3.4))
-    axes = figure.subplots()
+    figure = figures.Plot(figsize=(9, 4.2))
+    linear, convolved = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    rows = metrics["shapes"]
     for (layer, marker), colour in zip(SWEPT.items(), SERIES):
         found = [row for row in rows if row["layer"] == layer]
-        size = [row["rows"] * row["inputs"] * row["outputs"] for row in found]
-        axes.plot(size, [whole(row, "bf16") / whole(row, "row") for row in found], marker, color=colour, label=layer)
-    axes.axhline(1, color=INK, linewidth=1)
-    axes.axvline(fewest, color=QUIET, linewidth=1, linestyle="--", label="taken from here on")
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("multiplications of the product: rows x inputs x outputs", color=QUIET)
-    axes.set_ylabel("times as fast as bf16", color=QUIET)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+        way = "tensor" if layer == "feed-forward 2" else "row"
+        gains = [whole(row, "bf16") / whole(row, way) for row in found]
+        linear.plot([_product(row) for row in found], gains, marker, color=colour, label=layer)
+    pairs = gated(rows)
+    linear.plot([_product(wide) for wide, _, _ in pairs], [bf16 / fp8 for _, bf16, fp8 in pairs], "D", color=SERIES[2],
+                markerfacecolor="none", label="feed-forward 1, gated in it")  # fmt: skip
+    for (model, marker), colour in zip(CONVOLVED.items(), SERIES):
+        found = [row for row in metrics["convolutions"] if row["model"] == model]
+        gains = [row["seconds"]["bf16"] / row["seconds"]["e4m3"] for row in found]
+        convolved.plot([multiplications(row) for row in found], gains, marker, color=colour, label=f"{model}'s convolutions")
+    for axes, limit in ((linear, fewest), (convolved, fewest_of_convolution)):
+        axes.axhline(1, color=INK, linewidth=1)
+        axes.axvline(limit, color=QUIET, linewidth=1, linestyle="--", label="taken from here on")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, ncols=2 if axes is linear else 1, loc="lower right")
+    linear.set_title(title, fontsize=10, color=INK, loc="left")
+    linear.set_ylabel("times as fast as bf16", color=QUIET)
+    linear.set_xlabel("multiplications: rows x inputs x outputs", color=QUIET)
+    convolved.set_xlabel("positions x 9 x inputs x outputs", color=QUIET)
     return figure
+
+
+def gated(rows: Sequence[Mapping]) -> list[tuple[Mapping, float, float]]:
+    """[(row, seconds in bf16, seconds in fp8)] of each feed-forward's first half in the study `fp8-shapes`, GEGLU included.
+
+    In bf16 GEGLU is a kernel of its own, the one before a second half; in fp8 it is in the product's.
+    """
+    second = {(row["rows"], row["outputs"]): row["seconds"] for row in rows if row["layer"] == "feed-forward 2"}
+    found = []
+    for row in rows:
+        if row["layer"] == "feed-forward 1" and (after := second.get((row["rows"], row["inputs"]))):
+            seconds = row["seconds"]
+            fp8 = seconds["before_row"] + seconds["gated_row"]
+            found.append((row, whole(row, "bf16") + after["before_bf16"], fp8))
+    return found
+
+
+def _product(row):
+    return row["rows"] * row["inputs"] * row["outputs"]

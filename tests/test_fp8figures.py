@@ -37,6 +37,7 @@ def test_a_dot_a_layer_and_way_by_kind_of_layer():
 
 def swept(layer, bf16, row, before):
     seconds = {"bf16": bf16, "row": row, "pass_row": 1.0, "before_bf16": 2.0, "before_row": 1.0}
+    seconds |= {"tensor": row / 2, "before_tensor": 1.0}
     return {"layer": layer, "rows": 2, "inputs": 4, "outputs": 8, "before": before, "seconds": seconds}
 
 
@@ -44,8 +45,19 @@ def test_the_sweep_counts_rounding_in():
     rows = [swept("feed-forward 2", 4.0, 2.0, "geglu"), swept("output", 4.0, 2.0, None)]
     assert fp8figures.whole(rows[0], "bf16") == 6 and fp8figures.whole(rows[0], "row") == 3
     assert fp8figures.whole(rows[1], "bf16") == 4 and fp8figures.whole(rows[1], "row") == 3
-    figure = fp8figures.sweep("recorded: some-gpu", rows, 128)
-    (axes,) = figure.axes
-    marks = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-    assert marks["feed-forward 2"] == ([64], [2]) and marks["output"] == ([64], [pytest.approx(4 / 3)])
+    wide = swept("feed-forward 1", 4.0, 3.0, "add_layer_norm") | {"inputs": 8, "outputs": 16}  # the first half of rows[0]
+    wide["seconds"]["gated_row"] = 3.0
+    convolutions = [
+        {"model": "sdxl", "samples": 2, "lines": 3, "inputs": 4, "outputs": 5, "seconds": {"bf16": 3.0, "e4m3": 2.0}},
+        {"model": "sd15", "samples": 1, "lines": 1, "inputs": 1, "outputs": 1, "seconds": {"bf16": 1.0, "e4m3": 2.0}},
+    ]
+    metrics = {"shapes": [*rows, wide], "convolutions": convolutions}
+    figure = fp8figures.sweep("recorded: some-gpu", metrics, 128, 256)
+    marks, convolved = (
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} for axes in figure.axes
+    )
+    assert marks["feed-forward 2"] == ([64], [3]) and marks["output"] == ([64], [pytest.approx(4 / 3)])
     assert marks["taken from here on"][0] == [128, 128] and marks["self-attention"] == ([], [])
+    assert marks["feed-forward 1"] == ([256], [6 / 4]) and marks["feed-forward 1, gated in it"] == ([256], [8 / 4])
+    assert convolved["sdxl's convolutions"] == ([2 * 9 * 9 * 20], [1.5]) and convolved["sd15's convolutions"] == ([9], [0.5])
+    assert convolved["taken from here on"][0] == [256, 256]

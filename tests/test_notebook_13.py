@@ -10,11 +10,12 @@ PRODUCT = 2 * (1 / 16) ** 2 / 3  # the square of what two factors are off by, ea
 def test_13_counts_what_could_be_in_fp8_and_what_the_rule_takes(kept):
     seen = kept("13_fp8")
     assert seen["model"] == "pocket" and not seen["real"]
-    assert seen["shares"] == {"sdxl": pytest.approx(0.556, abs=0.002), "sd15": pytest.approx(0.252, abs=0.01),
-                              "pocket": pytest.approx(0.21, abs=0.02)}  # fmt: skip
+    assert seen["shares"] == {"sdxl": pytest.approx(0.748, abs=0.002), "sd15": pytest.approx(0.661, abs=0.002),
+                              "pocket": pytest.approx(0.743, abs=0.002)}  # fmt: skip
     assert seen["predicted_gain"] == pytest.approx(1 / (1 - seen["shares"]["sdxl"] / 2))
     assert seen["pays"]["pocket"] == 0, "its layers are small"
     assert 0.5 * seen["shares"]["sdxl"] < seen["pays"]["sdxl"] <= seen["shares"]["sdxl"]
+    assert 0.8 * seen["shares"]["sd15"] < seen["pays"]["sd15"] < 0.95 * seen["shares"]["sd15"], "its smallest are left"
     assert fp8.pays(8192, 640, 5120) and not fp8.pays(512, 128, 1024), "what these shares follow from"
 
 
@@ -48,8 +49,9 @@ def test_13_an_outlier_ruins_int8_and_not_e4m3_and_one_scale_is_ruined_by_a_row(
     assert row["e4m3, row"] == kept_up and row["e4m3, tensor"] > 0.99 and row["int8, row"] < 0.01
     assert seen["zeros_stay"]
     beyond, of, worst = seen["calibrated"]
-    assert of == 66 and 10 < beyond < of and 1.2 < worst < 5, "a first step does not say what comes"
+    assert of == 66 + 34 and 10 < beyond < of and 1.2 < worst < 5, "a first step does not say what comes"
     assert 0.1 < seen["reached"][0] <= seen["reached"][1] <= 1, "the bound from the weights holds"
+    assert 0.005 < seen["of_images"][0] <= seen["of_images"][1] < 0.1, "a group norm's is the farther off"
 
 
 def test_13_a_layer_by_hand_is_torchs_and_sdopts(kept):
@@ -61,6 +63,13 @@ def test_13_a_layer_by_hand_is_torchs_and_sdopts(kept):
     assert seen["same_bits"] == {"add_layer_norm": True, "geglu": True}
     for apart, fused in seen["passes"].values():
         assert apart - fused == pytest.approx(2, abs=0.001), "written once less, read once less, each two bytes a number"
+
+
+def test_13_a_convolution_is_nine_shifted_products_if_there_are_zeros_between(kept):
+    seen = kept("13_fp8")["convolution"]
+    assert seen["equal"] and seen["wrong"] == pytest.approx([2 / 16, 2 / 16 + 2 * 14 / 512])
+    assert seen["bf16"] < 2**-8 < seen["by_hand"] < PRODUCT**0.5
+    assert seen["emulated"] < 2**-8 and seen["kernel"] < seen["by_hand"] / 8, "but for numbers that lie halfway"
 
 
 def test_13_errors_of_layers_and_calls_are_as_predicted(kept):
@@ -75,7 +84,7 @@ def test_13_errors_of_layers_and_calls_are_as_predicted(kept):
     assert len(calls["bf16"]) == 4
     for way in ("fp8, a scale a row", "fp8, a scale a tensor"):
         for bf16, rounded, clipped in zip(calls["bf16"], calls[way], calls["clipped"]):
-            assert bf16 < rounded < 0.03 and clipped > 3 * rounded
+            assert bf16 < rounded < 0.05 and clipped > 3 * rounded
 
 
 def test_13_the_picture_is_the_one_asked_for_as_far_as_six_can_say(kept):
@@ -95,5 +104,6 @@ def test_13_clipping_helps_int8s_many_and_nothing_of_e4m3(kept):
     assert many[1] < many[0] / 2
     (whole, everything), (clipped, lost) = (seen["tricks"][name] for name in ("e4m3, whole", "e4m3, clipped"))
     assert clipped > 0.9 * whole and lost > 5 * everything
-    assert seen["by_kind"]["ff.net.2"] > 3 * max(seen["by_kind"][kind] for kind in ("attn1", "attn2", "ff.net.0"))
+    gated, convolved = seen["by_kind"]["ff.net.2"], seen["by_kind"]["resnets"]
+    assert gated > 2 * convolved > 4 * max(seen["by_kind"][kind] for kind in ("attn1", "attn2", "ff.net.0"))
     assert all(broken < mended - 5 for broken, mended in zip(seen["broken"], seen["decibels"]))
