@@ -103,8 +103,8 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
     """A mark a layer and size of the study `fp8-shapes`: how many times as fast as bf16 it is, by its size.
 
     Linear layers with what rounds for them, by a scale a row or, a feed-forward's second half, by one, as the engine has them; a
-    first half also with GEGLU in the same kernel. Convolutions of each model without what rounds. `fewest`, `fewest_of_convolution`: the multiplications from
-    which on the engine takes one. Introduced in notebooks/13_fp8.
+    first half also with GEGLU in the same kernel. Convolutions of each model without what rounds. `fewest`,
+    `fewest_of_convolution`: the multiplications from which on the engine takes one. Introduced in notebooks/13_fp8.
     """
     figure = figures.Plot(figsize=(9, 4.2))
     linear, convolved = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
