@@ -104,7 +104,8 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
 
     Linear layers with what rounds for them, by a scale a row or, a feed-forward's second half, by one, as the engine has them; a
     first half also with GEGLU in the same kernel. Convolutions of each model without what rounds. `fewest`,
-    `fewest_of_convolution`: the multiplications from which on the engine takes one. Introduced in notebooks/13_fp8.
+    `fewest_of_convolution`: the multiplications from which on the engine takes one, a linear layer by a scale a row.
+    Introduced in notebooks/13_fp8.
     """
     figure = figures.Plot(figsize=(9, 4.2))
     linear, convolved = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -121,9 +122,9 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
         found = [row for row in metrics["convolutions"] if row["model"] == model]
         gains = [row["seconds"]["bf16"] / row["seconds"]["e4m3"] for row in found]
         convolved.plot([multiplications(row) for row in found], gains, marker, color=colour, label=f"{model}'s convolutions")
-    for axes, limit in ((linear, fewest), (convolved, fewest_of_convolution)):
+    for axes, limit, said in ((linear, fewest, ", with a scale a row"), (convolved, fewest_of_convolution, "")):
         axes.axhline(1, color=INK, linewidth=1)
-        axes.axvline(limit, color=QUIET, linewidth=1, linestyle="--", label="taken from here on")
+        axes.axvline(limit, color=QUIET, linewidth=1, linestyle="--", label=f"taken from here on{said}")
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)

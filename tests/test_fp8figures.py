@@ -57,7 +57,7 @@ def test_the_sweep_counts_rounding_in():
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} for axes in figure.axes
     )
     assert marks["feed-forward 2"] == ([64], [3]) and marks["output"] == ([64], [pytest.approx(4 / 3)])
-    assert marks["taken from here on"][0] == [128, 128] and marks["self-attention"] == ([], [])
+    assert marks["taken from here on, with a scale a row"][0] == [128, 128] and marks["self-attention"] == ([], [])
     assert marks["feed-forward 1"] == ([256], [6 / 4]) and marks["feed-forward 1, gated in it"] == ([256], [8 / 4])
     assert convolved["sdxl's convolutions"] == ([2 * 9 * 9 * 20], [1.5]) and convolved["sd15's convolutions"] == ([9], [0.5])
     assert convolved["taken from here on"][0] == [256, 256]
