@@ -11,7 +11,8 @@ WAYS = {"bf16": SERIES[0], "row": SERIES[1], "tensor": SERIES[3]}
 CALLED = {"bf16": "bf16", "row": "fp8, a scale a row", "tensor": "fp8, a scale a tensor"}
 KINDS = {  # by what the name of a layer holds
     "attn1": "self-attention\nq, k, v",
-    "attn2": "cross-attention\nq",
+    "attn2.to_q": "cross-attention\nq",
+    "attn2.to_out": "cross-attention\noutput",
     "ff.net.0": "feed-forward,\nfirst half",
     "ff.net.2": "feed-forward,\nsecond half",
     "resnets": "residual block,\nconvolutions",

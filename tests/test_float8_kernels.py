@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from sdopt.errors import UserError
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, group_norm, launch, linear_geglu, to_float8
+from sdopt.kernels import (
+    add_layer_norm,
+    conv_float8,
+    geglu,
+    group_norm,
+    launch,
+    linear_geglu,
+    prompt_attention,
+    to_float8,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [(2, 7, 640), (3, 80), (5, 33), (1, 1)]
@@ -18,9 +27,11 @@ def random(shape, dtype, device):
     return torch.randn(shape).to(device, dtype)
 
 
-def assert_rounded(ours, exact, scales):
-    """Every number within half a step of float64's, and what float32 loses; the scale of a row is its largest over 448."""
+def assert_rounded(ours, exact, scales, eps=1e-5):
+    """Every number within half a step of float64's, and what `eps` loses; the scale of a row is its largest over 448."""
     rows = exact.reshape(-1, exact.shape[-1])
+    if not rows.numel():
+        return
     if isinstance(scales, str):
         wanted = rows.abs().amax(1, keepdim=True).clamp(min=to_float8.TINIEST) / 448
         assert ours.scale.shape == wanted.shape and torch.allclose(ours.scale.double(), wanted, rtol=1e-5, atol=0)
@@ -28,7 +39,7 @@ def assert_rounded(ours, exact, scales):
     inside = rows.clamp(-448 * ours.scale.double(), 448 * ours.scale.double())
     off = (ours.values.double().reshape(rows.shape) * ours.scale.double() - inside).abs()
     allowed = torch.maximum(HALF_A_STEP * inside.abs(), HALF_OF_LAST * ours.scale.double())
-    allowed += 1e-5 * inside.abs() + 1e-6 * inside.abs().max()
+    allowed += eps * inside.abs() + 1e-6 * inside.abs().max()
     assert (off <= allowed).all(), f"{(off / allowed).max():.3f} times what rounding may cost"
 
 
@@ -70,6 +81,19 @@ def test_geglu(device, dtype, shape, scales):
     x = 3 * random(shape, dtype, device)
     scales = torch.tensor(0.01, device=device) if scales == "all" else scales
     assert_rounded(geglu.geglu(x, scales), geglu.reference(x.double()), scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("positions", "tokens", "heads", "width"), [(70, 77, 2, 64), (5, 9, 3, 24), (0, 7, 1, 8)])
+def test_prompt_attention(device, dtype, positions, tokens, heads, width):
+    """A mean of values, so the largest of them bounds it."""
+    q = random((2, positions, heads * width), dtype, device)
+    k, v = (random((2, tokens, heads * width), dtype, device) for _ in range(2))
+    scale = (v.abs().max() / 448).float()
+    ours = prompt_attention.prompt_attention(q, k, v, heads, scale)
+    assert ours.scale is scale
+    close = prompt_attention.prompt_attention(q, k, v, heads).double()  # before it is rounded, but to its dtype
+    assert_rounded(ours, close, scale, torch.finfo(dtype).eps + 1e-5)
 
 
 @pytest.mark.parametrize("whole", [0, 2**20], ids=["three kernels", "one"])

@@ -201,16 +201,20 @@ def rounded_by_hand(unet, scales):
             block.attn2.to_q: (fp8.of_norm, (own.norm2,)),
             wide: (fp8.of_norm, (own.norm3,)),
             narrow: (fp8.of_gated, (own.norm3, own.ff.net[0].proj)),
+            block.attn2.to_out[0]: (lambda: torch.tensor(0.0), ()),  # what no weights tell: the values' largest
         }
+        values = []
+        block.attn2.to_v.register_forward_hook(lambda module, args, out, seen=values: seen.append(out.abs().max() / 448))
         largest = {linear: (bound(*of) / 448).float() for linear, (bound, of) in places.items()}  # of weights not yet rounded
         farthest = [linear.weight.abs().max() for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)]
         for linear in places:
             joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
             whole = (max(farthest) if joined else linear.weight.abs().max()) / 448
-            by_row = scales == "row" and linear is not narrow
+            by_row = scales == "row" and linear not in (narrow, block.attn2.to_out[0])
             linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
-            takes = "row" if by_row else largest[linear]
-            round_input = lambda module, args, takes=takes: (rounded(args[0], takes),)
+            takes = "row" if by_row else values if linear is block.attn2.to_out[0] else largest[linear]
+            scale = lambda takes: takes[-1].float() if type(takes) is list else takes
+            round_input = lambda module, args, takes=takes: (rounded(args[0], scale(takes)),)
             linear.register_forward_pre_hook(round_input)
     return unet
 
@@ -246,10 +250,14 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enoug
     layers = fp8.layers(model.transformer_blocks, Rounding(scales, "all"))
     for layer in layers.values():
         layer.gather()
-    with using(Once([], [], [], None, (), layers), {}):
+    of_prompt = {}
+    for attn in (block.attn2 for block in model.transformer_blocks):
+        k, v = fused.keys_and_values(attn, text.to(device, torch.bfloat16))
+        of_prompt[attn] = k, v, fp8.of_values(v)
+    with using(Once([], [], [], None, (), layers), of_prompt):
         ours = call(model, torch.bfloat16, device)
     off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
-    assert len(layers) == 4 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
+    assert len(layers) == 5 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
     assert len(ran) == (len(model.transformer_blocks) if enough == 1 else 0)
     assert off(by_hand, exact) > 1.5 * off(plain, exact), "it has to matter"
     assert off(ours, exact) < 1.1 * off(by_hand, exact) + off(plain, exact)
@@ -270,12 +278,14 @@ def test_only_layers_that_can_be_are_rounded(monkeypatch):
     unet = tiny_sdxl().unet.bfloat16()
     block = next(m for m in unet.modules() if type(m) is BasicTransformerBlock)
     every = Rounding("row", "all")
-    assert [*fp8.layers([block], every)] == [block.attn1, block.attn2, block.ff.net[0].proj, block.ff.net[2]]
+    ff, out = block.ff.net, block.attn2.to_out[0]
+    assert [*fp8.layers([block], every)] == [block.attn1, block.attn2, out, ff[0].proj, ff[2]]
     assert not fp8.layers([block], None)
     block.attn1.to_k.register_forward_hook(lambda *a: None)
     block.ff.net[2].weight.data = block.ff.net[2].weight.data.float()
     block.ff.net[0].proj = nn.Linear(64, 2 * 40).bfloat16()
     block.attn2.to_q = nn.Linear(63, 64, bias=False).bfloat16()
+    out.register_forward_hook(lambda *a: None)
     assert [*fp8.layers([block], every)] == [block.ff.net[0].proj]
 
 

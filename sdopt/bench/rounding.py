@@ -1,6 +1,7 @@
 """fp8 layer by layer, for the studies `fp8-shapes` (what it gains, by shape) and `fp8-errors` (what it costs, against fp32)."""
 
 import statistics
+from math import log2
 
 import torch
 from torch.nn.functional import conv2d, linear
@@ -132,10 +133,11 @@ def fewest_of_convolutions(rows):
 
 
 def _fewest(layers):
-    """Of layers (multiplications, seconds in bf16, seconds in fp8)."""
+    """Of layers (multiplications, seconds in bf16, seconds in fp8); of none smaller than these."""
     layers = list(layers)
-    spent = lambda least: sum(fp8 if count >= least else bf16 for count, bf16, fp8 in layers)
-    return min((2**n for n in range(24, 40)), key=spent)
+    least = int(log2(min(count for count, *_ in layers)))
+    spent = lambda fewest: sum(fp8 if count >= fewest else bf16 for count, bf16, fp8 in layers)
+    return min((2**n for n in range(least, 40)), key=spent)
 
 
 def errors(device, names=(("pocket", "shipped"), ("sdxl", "random")), pictures=PICTURES):
@@ -206,10 +208,12 @@ def layer_errors(unet, call):
             exact = linear(given.float(), weight.float(), None if bias is None else bias.float())
             ways = {"bf16": linear(given, weight, bias)}
             for scales, layers in kinds.items():
-                if isinstance(layers[place].takes, str) or not ending:  # what no norm gives is beyond a bound from norms
-                    ways[scales] = layers[place](to_float8.to_float8(given.contiguous(), layers[place].takes))
+                layer = layers[place]
+                if layer.by_row or not (ending and layer.largest):  # what no norm gives is beyond a bound from norms
+                    takes = layer.takes if layer.by_row or layer.largest else fp8.of_values(given)
+                    ways[scales] = layer(to_float8.to_float8(given.contiguous(), takes))
             off |= {way + ending: relative(y, exact) for way, y in ways.items()}
-        rows.append({"layer": names[place], "off": off})
+        rows.append({"layer": names[parts[0]], "off": off})
     return rows
 
 

@@ -36,9 +36,8 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
                 rounded[names[layer.conv]] = layer.conv
                 continue
             takes = of = "row"
-            if not isinstance(layer.takes, str):
-                takes = fp8.scale_of(layer.largest())
             if not layer.by_row:
+                takes = layer.largest and fp8.scale_of(layer.largest())
                 of = fp8.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
             for part in layer.parts:
                 weight = to_float8.reference(part.weight.detach(), of)
@@ -54,6 +53,7 @@ def back(scaled: to_float8.Scaled) -> torch.Tensor:
 
 
 def _forward(part, weight, takes, x):
+    takes = fp8.of_values(x) if takes is None else takes
     bias = None if part.bias is None else part.bias.float()
     return linear(back(to_float8.reference(x, takes)), back(weight), bias).to(part.weight.dtype)
 

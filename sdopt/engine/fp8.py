@@ -1,20 +1,20 @@
 """Linear layers and convolutions in e4m3: which of a UNet's, their weights as rounded, and their product.
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
-self-attention as one product, the query of a cross-attention, a feed-forward's first half), GEGLU (its second half), or a group
-norm (the two 3x3 convolutions of a residual block). That is 16 of the 18 parts that the linear layers of a transformer block
-compute at every step; what attention gives (`to_out`), the projections around a model's blocks and the convolutions between
-blocks would need a pass of their own, and stay as they are. So does attention itself.
+self-attention as one product, the query of a cross-attention, a feed-forward's first half), GEGLU (its second half), attention
+over the prompt (its output), or a group norm (the two 3x3 convolutions of a residual block). That is 17 of the 18 parts that the
+linear layers of a transformer block compute at every step; a self-attention's output, the projections around a model's blocks and
+the convolutions between blocks would need a pass of their own, and stay as they are. So does attention itself.
 
 Products of linear layers are torch._scaled_mm's, but for a feed-forward's first half, which `linear_geglu` computes with the
 GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
-picture depends on those before it. Two inputs have such a bound for a scale in either case: what GEGLU gives, for no program of
-`linear_geglu` sees a whole row (and the weights it meets have one scale then, too), and a convolution's, which sums positions
-that must then have one. That the bound is tens or hundreds of times what is common costs little: e4m3 is a float, and keeps its
-three bits down to 2**-15 of the bound.
+picture depends on those before it. Three inputs have such a bound for a scale in either case: what GEGLU gives, and attention over
+the prompt (of the prompt's values), for no program of `linear_geglu` or `prompt_attention` sees a whole row (the weights they meet
+have one scale then, too); and a convolution's, which sums positions that must then have one. That the bound is tens or hundreds of
+times what is common costs little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
@@ -27,6 +27,7 @@ Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
@@ -42,7 +43,7 @@ SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
 DTYPE, MULTIPLE = torch.bfloat16, 16
 # Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3, by its scales: what makes the layers
 # of the sweep fp8-shapes fastest in sum, as recorded on an H200; and of a convolution, positions * 9 * inputs * outputs.
-FEWEST, FEWEST_OF_CONVOLUTION = {"row": 2**31, "tensor": 2**24}, 2**32
+FEWEST, FEWEST_OF_CONVOLUTION = {"row": 2**31, "tensor": 2**26}, 2**32
 POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 
 
@@ -106,7 +107,8 @@ class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
     `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `largest()`: a number
-    that no input is beyond. `bounded`: input and weights have one scale even where the others have a scale a row.
+    that no input is beyond; None where another knows it. `bounded`: input and weights have one scale even where the others have
+    a scale a row.
     """
 
     used = False
@@ -141,7 +143,8 @@ class Layer:
         else:
             largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
             scales = self.weight.scale.copy_(scale_of(torch.stack(largest).amax()))
-            self.takes.copy_(scale_of(self.largest()))
+            if self.largest:
+                self.takes.copy_(scale_of(self.largest()))
         for part, *out in zip(self.parts, values, scale):
             to_float8(part.weight, scales, Scaled(*out))
 
@@ -192,9 +195,11 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
     for block in blocks if rounding else ():
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
         bounded = plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
+        cross = plain.attention(block.attn2)
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
-            block.attn2: ([block.attn2.to_q] if plain.attention(block.attn2) else [], of_norm, (block.norm2,)),
+            block.attn2: ([block.attn2.to_q] if cross else [], of_norm, (block.norm2,)),
+            block.attn2.to_out[0]: ([block.attn2.to_out[0]] if cross else [], None, ()),
             wide: ([wide], of_norm, (block.norm3,)),
             narrow: ([narrow] if bounded or rounding.scales == "row" else [], of_gated, (block.norm3, wide)),
         }
@@ -202,8 +207,14 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
             parts = [_merged(part) for part in parts]
             if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
                 gated = place is narrow and wide in found and found[wide].parts[0].bias is not None
-                found[place] = Layer(parts, lambda largest=largest, of=of: largest(*of), rounding, gated)
+                bound = largest and partial(largest, *of)
+                found[place] = Layer(parts, bound, rounding, gated or bound is None)
     return found
+
+
+def of_values(v: torch.Tensor) -> torch.Tensor:
+    """The scale of what attention gives: means of the values `v`, of which none is beyond the largest of them."""
+    return scale_of(torch.linalg.vector_norm(v, float("inf")))
 
 
 def of_norm(norm: nn.LayerNorm) -> torch.Tensor:

@@ -178,9 +178,10 @@ def _attended(attn, x, text, rounded=None):
         q, k, v = linear(x, weights).chunk(3, dim=-1)
     else:
         q = (rounded or attn.to_q)(x)
-        k, v = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
+        k, v, *scale = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
         if text is not None and fits(k, attn.heads):
-            return attn.to_out[0](prompt_attention(q, k, v, attn.heads))
+            out = once.rounded(attn.to_out[0], q.shape[:-1].numel()) if scale else None
+            return (out or attn.to_out[0])(prompt_attention(q, k, v, attn.heads, *(scale if out else ())))
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

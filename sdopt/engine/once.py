@@ -92,7 +92,10 @@ class Once:
         return self.joined.get(layer)
 
     def read_prompt(self, text):
-        """{layer: its keys and values} of the prompt's embeddings `text`, [samples, tokens, channels]."""
+        """{layer: its keys and values, and what else its attention takes} of the prompt's embeddings `text`.
+
+        `text`: [samples, tokens, channels].
+        """
         return {layer: self._keys_and_values(layer, text) for layer in self.layers}
 
     def shift_of(self, block, temb):

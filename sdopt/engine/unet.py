@@ -101,7 +101,12 @@ def _held(unet, rounding):
     selves = [block.attn1 for block in blocks if plain.joinable(block.attn1) and block.attn1 not in rounded]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
     ends = {model: pair for model in transformers if (pair := plain.ends(model))}
-    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves, rounded, ends)
+
+    def of_prompt(layer, text):
+        k, v = fused.keys_and_values(layer, text)
+        return (k, v, fp8.of_values(v)) if layer.to_out[0] in rounded else (k, v)
+
+    return Once(resnets, layers, upsamplers, of_prompt, selves, rounded, ends)
 
 
 def _named(sample, timestep, text, args, kwargs):

@@ -67,6 +67,7 @@ def linear_geglu(
     tall, wide, deep, warps, stages = OF_BYTES if rounded else TILE if large else FEW_ROWS
     if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
+    held = (launch.memory(x) - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * x.itemsize)  # steps at once
     tiles = TensorDescriptor.from_tensor
     halves = weight.view(2, outputs, inputs)
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
@@ -78,7 +79,7 @@ def linear_geglu(
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
         *(("row" if by_row else "all") if rounded else "", scale is not None),
         num_warps=warps,
-        num_stages=stages,
+        num_stages=max(1, min(stages, held)),
     )
     return result
 

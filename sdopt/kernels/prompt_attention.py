@@ -6,7 +6,8 @@ Kernels for long sequences walk over the keys in a loop and keep a running maxim
 longer for the 77 tokens of a prompt than moving its numbers does. Here a program loads a tile of queries and all keys and values
 of one head, two products on tensor cores and an ordinary softmax between them. Heads lie beside each other in a row, as the
 projections leave them, so nothing is transposed. Bytes: q read and `out` written, 2 * numel(q) * itemsize; keys and values
-are a few hundred kilobytes that stay in the GPU's cache.
+are a few hundred kilobytes that stay in the GPU's cache. What comes out is a mean of values, so nothing in it is beyond the
+largest of them: with a scale from that it can be written in e4m3, in half the bytes and at no further pass.
 """
 
 import torch
@@ -15,6 +16,8 @@ import triton.language as tl
 
 from sdopt.errors import UserError
 from sdopt.kernels import launch
+from sdopt.kernels.to_float8 import Scaled, in_e4m3, place
+from sdopt.kernels.to_float8 import reference as rounded
 
 NAME = "prompt_attention"
 MOST_KEYS = 256  # for each of a tile's queries a score a key lies in a program's registers
@@ -23,11 +26,14 @@ QUERIES = 64  # of a tile
 LOG2_E = 1.4426950408889634  # powers of two are what a GPU computes: exp(x) = 2 ** (x * log2(e))
 
 
-def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+def prompt_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale: torch.Tensor | None = None
+) -> torch.Tensor | Scaled:
     """`q`: [batch, positions, heads * d], contiguous; `k`, `v`: [batch, tokens, heads * d], each row of which is contiguous.
 
     float32, float16 or bfloat16, all of one dtype; returns the shape of `q`. For few keys: see `fits`. Scores and sums in
-    float32. Raises UserError for other shapes, layouts or dtypes. Source: https://arxiv.org/abs/1706.03762.
+    float32. With a `scale`, one float32 number, the result is in e4m3 by that. Raises UserError for other shapes, layouts or
+    dtypes. Source: https://arxiv.org/abs/1706.03762.
     """
     launch.check(NAME, q, k=k, v=v)
     launch.check_shape(NAME, "q", q, tuple(q.shape))
@@ -38,14 +44,15 @@ def prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: i
     for name, tensor in (("k", k), ("v", v)):
         if tuple(tensor.shape) != (batch, tokens, channels) or tensor.stride(2) != 1 or tensor.dtype is not q.dtype:
             raise UserError(f"{NAME}: {name} is not [{batch}, {tokens}, {channels}] of {q.dtype} with contiguous rows")
-    out = torch.empty_like(q)
-    if out.numel():
+    out = torch.empty_like(q) if scale is None else place(NAME, q, tuple(q.shape), scale)
+    values, of_all = (out, q) if scale is None else out
+    if q.numel():
         launch.start(
             _prompt_attention,
             (triton.cdiv(positions, QUERIES), heads, batch),
-            *(q, k, v, out, positions, tokens, channels, *k.stride()[:2], *v.stride()[:2], width**-0.5 * LOG2_E),
+            *(q, k, v, values, of_all, positions, tokens, channels, *k.stride()[:2], *v.stride()[:2], width**-0.5 * LOG2_E),
             *(QUERIES, _padded(tokens), _padded(width), width),
-            launch.INTERPRETED or q.dtype is torch.float32,
+            *(launch.INTERPRETED or q.dtype is torch.float32, scale is not None),
             num_warps=4,
         )
     return out
@@ -64,10 +71,11 @@ def _padded(n):
     return max(16, triton.next_power_of_2(n))
 
 
-def reference(q, k, v, heads):
+def reference(q, k, v, heads, scale=None):
     """What `prompt_attention` computes, by PyTorch, in the dtype of its arguments."""
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    seen = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return seen if scale is None else rounded(seen, scale)
 
 
 def bytes_moved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_) -> int:
@@ -77,8 +85,8 @@ def bytes_moved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_) -> int:
 
 @triton.jit
 def _prompt_attention(
-    q, k, v, out, positions, tokens, channels, k_batch, k_row, v_batch, v_row, scale,
-    TALL: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    q, k, v, out, of_all, positions, tokens, channels, k_batch, k_row, v_batch, v_row, scale,
+    TALL: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     position, head, batch = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.program_id(1), tl.program_id(2)
     token, number = tl.arange(0, TOKENS), tl.arange(0, WIDE)
@@ -96,4 +104,6 @@ def _prompt_attention(
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)
     seen = tl.dot(weights.to(values.dtype), values, input_precision="ieee") / total[:, None]
+    if ROUNDS:
+        seen = in_e4m3(seen, 0.0, of_all, position, position < positions, False)
     tl.store(out + at, seen.to(out.dtype.element_ty), inside)
