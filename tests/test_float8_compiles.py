@@ -11,10 +11,13 @@ pytest.importorskip("triton")
 CODE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, to_float8
+import torch
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, prompt_attention, to_float8
 
 TYPES = {"out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
-TYPES |= dict.fromkeys(("rows", "wide", "half", "channels", "high", "outputs"), "i32")
+TYPES |= dict.fromkeys(("rows", "wide", "half", "channels", "high", "outputs", "inputs", "positions", "tokens"), "i32")
+TYPES |= dict.fromkeys(("k_batch", "k_row", "v_batch", "v_row"), "i32")
+TYPES |= dict.fromkeys(("of_all", "of_x", "of_weight", "of_out"), "*fp32")
 KERNELS = [
     (to_float8._to_float8, {"TALL": 2, "WIDE": 2048, "OWN": True}),
     (to_float8._to_float8, {"TALL": 1, "WIDE": 8192, "OWN": False}),
@@ -23,6 +26,10 @@ KERNELS = [
     (geglu._geglu_rows, {"TALL": 1, "WIDE": 4096, "REST": 1024}),
     (geglu._geglu_rows, {"TALL": 4, "WIDE": 512, "REST": 0}),
     (geglu._geglu, {"TALL": 4, "WIDE": 512, "SCALED": True}),
+    (
+        prompt_attention._prompt_attention,
+        {"TALL": 64, "TOKENS": 128, "WIDE": 64, "WIDTH": 64, "EXACT": False, "ROUNDS": True},
+    ),
 ]
 
 def compiled(kernel, constants, capability, types={}, **options):
@@ -34,7 +41,8 @@ def compiled(kernel, constants, capability, types={}, **options):
 
 for capability in (89, 90):
     for kernel, constants in KERNELS:
-        assert "satfinite.e4m3x2" in compiled(kernel, constants, capability).asm["ptx"], (kernel, capability)
+        types = {"scale": "fp32"} if kernel is prompt_attention._prompt_attention else {}
+        assert "satfinite.e4m3x2" in compiled(kernel, constants, capability, types).asm["ptx"], (kernel, capability)
 for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multiprocessor has for one tile
     tall, across, deep, warps, stages = conv_float8.tile(2 * 129**2, 320, 132, memory)  # the largest
     types = {"x": f"tensordesc<fp8e4nv[{tall}, {deep}]>", "weight": f"tensordesc<fp8e4nv[{across}, {deep}]>"}
@@ -42,6 +50,15 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
     constants = {"TALL": tall, "ACROSS": across, "DEEP": deep, "EXACT": False}
     found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
     assert found.metadata.shared <= memory, (capability, found.metadata.shared)
+    for dtype, name in ((torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16")):
+        tall, wide, deep, warps, stages = linear_geglu.tile_of(8192, dtype, dtype, memory)
+        types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
+        types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>"}
+        rounded = dtype is torch.float8_e4m3fn
+        constants = {"TALL": tall, "WIDE": wide, "DEEP": deep, "TOGETHER": 8, "EXACT": False}
+        constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded}
+        found = compiled(linear_geglu._linear_geglu, constants, capability, types, num_warps=warps, num_stages=stages)
+        assert found.metadata.shared <= memory, (capability, name, found.metadata.shared)
 try:
     compiled(*KERNELS[0], 80)
 except Exception as error:

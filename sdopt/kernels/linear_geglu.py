@@ -63,25 +63,31 @@ def linear_geglu(
     result = out if scale is None else Scaled(out, scale)
     if not out.numel():
         return result
-    large = rounded or rows >= ENOUGH and x.dtype is not torch.float32
-    tall, wide, deep, warps, stages = OF_BYTES if rounded else TILE if large else FEW_ROWS
-    if x.dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
-        deep //= 2
-    held = (launch.memory(x) - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * x.itemsize)  # steps at once
+    tall, wide, deep, warps, stages = tile_of(rows, x.dtype, out.dtype, launch.memory(x))
     tiles = TensorDescriptor.from_tensor
     halves = weight.view(2, outputs, inputs)
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
     launch.start(
         _linear_geglu,
-        (min(count, launch.multiprocessors(x)) if large else count,),
+        (min(count, launch.multiprocessors(x)) if tall == TILE[0] else count,),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale))),
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
         *(("row" if by_row else "all") if rounded else "", scale is not None),
         num_warps=warps,
-        num_stages=max(1, min(stages, held)),
+        num_stages=stages,
     )
     return result
+
+
+def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int) -> tuple[int, ...]:
+    """The tile for so many `rows` of `dtype`, with no more steps loaded ahead than `memory` bytes hold beside a tile of `out`."""
+    few = rows < ENOUGH or dtype is torch.float32
+    tall, wide, deep, warps, stages = OF_BYTES if dtype is E4M3 else FEW_ROWS if few else TILE
+    if dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
+        deep //= 2
+    held = (memory - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * dtype.itemsize)
+    return tall, wide, deep, warps, max(1, min(stages, held))
 
 
 def pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
