@@ -4,13 +4,14 @@ import statistics
 from math import log2
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.functional import conv2d, linear
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
 from sdopt.bench.fusions import CACHE, in_turn
-from sdopt.engine import fp8
+from sdopt.engine import fp8, plain
 from sdopt.fp8figures import multiplications, whole
 from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, to_float8
 from sdopt.pocket.captions import test_prompts
@@ -183,14 +184,16 @@ def layer_errors(unet, call):
     """RMS of each layer's error relative to its output in fp32, on the inputs it gets in `call` of a UNet in bfloat16.
 
     A row a layer: {"layer", "off": {"bf16", "row", "tensor", "bf16_outlier", "row_outlier"}}; "outlier": one channel of the
-    input 64 times as large. What is called exact has the same bfloat16 weights and inputs, multiplied in float32.
+    input of a linear layer 64 times as large. What is called exact has the same bfloat16 weights and inputs, multiplied in float32.
     """
     blocks = [block for model in unet.modules() for block in getattr(model, "transformer_blocks", ())]
-    kinds = {scales: fp8.layers(blocks, fp8.Rounding(scales, "all")) for scales in fp8.SCALES}
+    resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
+    kinds = {scales: fp8.layers(blocks, fp8.Rounding(scales, "all"), resnets) for scales in fp8.SCALES}
     names, inputs, hooks = {part: name for name, part in unet.named_modules()}, {}, []
+    first = lambda layer: layer.conv if isinstance(layer, fp8.Convolution) else layer.parts[0]
     for place, layer in kinds["row"].items():
         listen = lambda part, args, place=place: inputs.__setitem__(place, args[0])
-        hooks.append(layer.parts[0].register_forward_pre_hook(listen))
+        hooks.append(first(layer).register_forward_pre_hook(listen))
     (args, kwargs) = _in_half(call[0])
     unet(*args, **kwargs)
     for hook in hooks:
@@ -200,21 +203,35 @@ def layer_errors(unet, call):
             layer.gather()
     rows = []
     for place, x in inputs.items():
-        parts, bias = kinds["row"][place].parts, kinds["row"][place].parts[0].bias
-        weight, far = torch.cat([part.weight for part in parts]), x.clone()
-        far[..., 0] *= 64
-        off = {}
-        for ending, given in (("", x), ("_outlier", far)):
-            exact = linear(given.float(), weight.float(), None if bias is None else bias.float())
-            ways = {"bf16": linear(given, weight, bias)}
-            for scales, layers in kinds.items():
-                layer = layers[place]
-                if layer.by_row or not (ending and layer.largest):  # what no norm gives is beyond a bound from norms
-                    takes = layer.takes if layer.by_row or layer.largest else fp8.of_values(given)
-                    ways[scales] = layer(to_float8.to_float8(given.contiguous(), takes))
-            off |= {way + ending: relative(y, exact) for way, y in ways.items()}
-        rows.append({"layer": names[parts[0]], "off": off})
+        of_place = {scales: layers[place] for scales, layers in kinds.items()}
+        off = (_convolution_off if isinstance(of_place["row"], fp8.Convolution) else _linear_off)(of_place, x)
+        rows.append({"layer": names[first(of_place["row"])], "off": off})
     return rows
+
+
+def _linear_off(layers, x):
+    parts, bias = layers["row"].parts, layers["row"].parts[0].bias
+    weight, far = torch.cat([part.weight for part in parts]), x.clone()
+    far[..., 0] *= 64
+    off = {}
+    for ending, given in (("", x), ("_outlier", far)):
+        exact = linear(given.float(), weight.float(), None if bias is None else bias.float())
+        ways = {"bf16": linear(given, weight, bias)}
+        for scales, layer in layers.items():
+            if layer.by_row or not (ending and layer.largest):  # what no norm gives is beyond a bound from norms
+                takes = layer.takes if layer.by_row or layer.largest else fp8.of_values(given)
+                ways[scales] = layer(to_float8.to_float8(given.contiguous(), takes))
+        off |= {way + ending: relative(y, exact) for way, y in ways.items()}
+    return off
+
+
+def _convolution_off(layers, x):
+    conv = layers["row"].conv
+    exact = conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1)
+    ways = {"bf16": conv2d(x, conv.weight, conv.bias, padding=1)}
+    for scales, layer in layers.items():
+        ways[scales] = layer(conv_float8.bordered(x, layer.takes)) + conv.bias[:, None, None]
+    return {way: relative(y, exact) for way, y in ways.items()}
 
 
 @torch.no_grad()
