@@ -42,6 +42,7 @@ from sdopt.kernels import (
     geglu,
     group_norm,
     launch,
+    linear_geglu,
     prompt_attention,
     softmax,
     upsample_conv,
@@ -50,23 +51,30 @@ from sdopt.kernels import (
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 2}
 
 
+class Made(list):
+    """The captures of what depends on a picture's size; `of_weights`: how many there were of what is computed from weights."""
+
+    of_weights = 0
+
+
 @pytest.fixture
 def captured(request, monkeypatch):
     """Counts the captures of a stand-in for CUDA graphs; the kernels are their references.
 
     A replay runs Python again, which is quick; with `RECORDED` it runs the operations that were recorded, as a graph does.
     """
-    made, outputs = [], []
+    made, outputs = Made(), []
 
     def spoil():
         for tensor in outputs:
             tensor.fill_(float("nan"))
 
-    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, prompt_attention, softmax):
+    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, prompt_attention, softmax):
         monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
     monkeypatch.setattr(fused, upsample_conv.NAME, doubled)
 
     def capture(call, memory):
+        call()  # as before a true capture
         operations = recorded(call) if getattr(request, "param", False) else call
         output = call()
         spoil()
@@ -79,8 +87,9 @@ def captured(request, monkeypatch):
                     tensor.copy_(value)
 
         outputs.extend(tensor for tensor in tree_leaves(output) if tensor is not None)
-        of_weights = call.__qualname__.startswith("Once.")
-        if not of_weights and not isinstance(output, ModelOutput):  # these and a text encoder's are the same for all sizes
+        if call.__qualname__.startswith("Once."):
+            made.of_weights += 1
+        elif not isinstance(output, ModelOutput):  # a text encoder's, which is the same for all sizes
             made.append(replay)
         return replay, output
 

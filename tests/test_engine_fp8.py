@@ -48,7 +48,7 @@ def rounding(captured, tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fp8, "to_float8", by_reference)
     monkeypatch.setattr(fp8, "conv_float8", convolved)
     monkeypatch.setattr(fp8, "linear_geglu", gated)
-    monkeypatch.setattr(fused, "ENOUGH", 1)
+    monkeypatch.setattr(linear_geglu, "ENOUGH", 1)
     monkeypatch.setattr(launch, "INTERPRETED", True)  # where there is a GPU, too: all kernels are their references
     return precision.half_precision(tiny)
 
@@ -71,7 +71,7 @@ def test_a_prepared_pipeline_draws_nearly_the_same_and_rounds_weights_once_a_pic
     assert engine.fp8_layers(rounding) == 5 * BLOCKS + CONVOLUTIONS
     assert close(ours, eager) and not np.array_equal(ours, plain)
     assert not rounding.unet.forward.held.joined, "which nobody needs"
-    assert np.array_equal(draw(), ours) and len(captured) == made + 3
+    assert np.array_equal(draw(), ours) and len(captured) == made + 3 and captured.of_weights == 2, "one a preparation"
     engine.restore(rounding)
     assert np.array_equal(draw(), eager) and engine.fp8_layers(rounding) == 0
 
@@ -134,7 +134,8 @@ def test_a_small_model_has_no_layer_that_gains(rounding):
     assert engine.fp8_layers(rounding) == 0 and np.array_equal(ours, plain)
 
 
-def test_few_rows_may_not_be_worth_it_where_many_are(rounding, monkeypatch):
+@RECORDED
+def test_few_rows_may_not_be_worth_it_where_many_are(rounding, captured, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fp8, "FEWEST", dict.fromkeys(fp8.SCALES, 2 * 16 * 64 * 256))
     engine.prepare(rounding, precision="fp8")
     few = small(rounding, height=8, width=8)
@@ -316,5 +317,5 @@ def test_gpu_preparing_takes_seconds_and_a_byte_a_weight():
     engine.prepare(pipe, **EVERY)
     gpu_draw(pipe, side=512, steps=2)
     rounded = pipe.unet.forward.held.rounded
-    assert len(rounded) == 4 * 16 + 2 * 22, "16 transformer blocks, 22 residual ones"
+    assert len(rounded) == 5 * 16 + 2 * 22, "16 transformer blocks, 22 residual ones"
     assert sum(layer.weight.values.nbytes for layer in rounded.values()) < 0.85 * sum(p.numel() for p in pipe.unet.parameters())

@@ -19,8 +19,7 @@ from sdopt.engine import fp8, fused
 from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
-from sdopt.kernels import to_float8
-from sdopt.kernels.linear_geglu import linear_geglu
+from sdopt.kernels import linear_geglu, prompt_attention, to_float8
 from sdopt.kernels.to_float8 import Scaled
 
 STEP, LAST = 2.0**-4, 2.0**-10
@@ -210,7 +209,7 @@ def rounded_by_hand(unet, scales):
         for linear in places:
             joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
             whole = (max(farthest) if joined else linear.weight.abs().max()) / 448
-            by_row = scales == "row" and linear not in (narrow, block.attn2.to_out[0])
+            by_row = scales == "row" and linear not in (narrow, block.attn2.to_q, block.attn2.to_out[0])
             linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
             takes = "row" if by_row else values if linear is block.attn2.to_out[0] else largest[linear]
             scale = lambda takes: takes[-1].float() if type(takes) is list else takes
@@ -234,8 +233,8 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enoug
     Gated in the kernel of the product, or after it.
     """
     ran = []
-    monkeypatch.setattr(fused, "ENOUGH", enough)
-    monkeypatch.setattr(fp8, "linear_geglu", lambda *args: (ran.append(1), linear_geglu(*args))[1])
+    monkeypatch.setattr(linear_geglu, "ENOUGH", enough)
+    monkeypatch.setattr(fp8, "linear_geglu", lambda *args: (ran.append(1), linear_geglu.linear_geglu(*args))[1])
     model = tiny_sdxl().unet.mid_block.attentions[0].bfloat16()
     torch.manual_seed(1)
     for norm in (m for m in model.modules() if type(m) is nn.LayerNorm):  # as after training, and one channel far out
@@ -264,6 +263,29 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enoug
     # a number that bfloat16 moved by 1/256 falls to the next of e4m3, 1/8 away, once in 32 times: sqrt(1/32) of a step,
     # where rounding costs sqrt(1/12)
     assert off(ours, by_hand) < sqrt(12 / 32) * off(by_hand, exact) + off(plain, exact)
+
+
+@torch.no_grad()
+def test_a_first_half_without_a_bias_is_gated_apart(device):
+    model = tiny_sdxl().unet.mid_block.attentions[0].bfloat16()
+    for block in model.transformer_blocks:
+        block.ff.net[0].proj.bias = None
+    x, text = torch.randn(2, 64, 6, 8).bfloat16().to(device), torch.randn(2, 7, 64).bfloat16().to(device)
+    call = lambda: model(x, text, return_dict=False)[0].float()
+    fused.fuse(model.to(device))
+    plain = call()
+    for scales in fp8.SCALES:
+        layers = fp8.layers(model.transformer_blocks, Rounding(scales, "all"))
+        for layer in layers.values():
+            layer.gather()
+        with using(Once([], [], [], None, (), layers), {}):
+            assert (call() - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_an_output_of_attention_is_not_beyond_the_largest_value():
+    q, v = torch.randn(2, 5, 8), torch.randn(2, 1, 8)  # a single key: nothing else to look at
+    seen = prompt_attention.reference(q, torch.randn(2, 1, 8), v, 2)
+    assert torch.equal(fp8.of_values(v) * 448, v.abs().max()) and seen.abs().max() == v.abs().max()
 
 
 def test_what_is_worth_it_is_a_question_of_size():

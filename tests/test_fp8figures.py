@@ -46,7 +46,7 @@ def test_the_sweep_counts_rounding_in():
     assert fp8figures.whole(rows[0], "bf16") == 6 and fp8figures.whole(rows[0], "row") == 3
     assert fp8figures.whole(rows[1], "bf16") == 4 and fp8figures.whole(rows[1], "row") == 3
     wide = swept("feed-forward 1", 4.0, 3.0, "add_layer_norm") | {"inputs": 8, "outputs": 16}  # the first half of rows[0]
-    wide["seconds"]["gated_row"] = 3.0
+    wide["seconds"] |= {"gated_row": 3.0, "gated_bf16": 5.0}
     convolutions = [
         {"model": "sdxl", "samples": 2, "lines": 3, "inputs": 4, "outputs": 5, "seconds": {"bf16": 3.0, "e4m3": 2.0}},
         {"model": "sd15", "samples": 1, "lines": 1, "inputs": 1, "outputs": 1, "seconds": {"bf16": 1.0, "e4m3": 2.0}},
@@ -58,6 +58,6 @@ def test_the_sweep_counts_rounding_in():
     )
     assert marks["feed-forward 2"] == ([64], [3]) and marks["output"] == ([64], [pytest.approx(4 / 3)])
     assert marks["taken from here on, with a scale a row"][0] == [128, 128] and marks["self-attention"] == ([], [])
-    assert marks["feed-forward 1"] == ([256], [6 / 4]) and marks["feed-forward 1, gated in it"] == ([256], [8 / 4])
+    assert marks["feed-forward 1"] == ([256], [6 / 4]) and marks["feed-forward 1, gated in it"] == ([256], [7 / 4])
     assert convolved["sdxl's convolutions"] == ([2 * 9 * 9 * 20], [1.5]) and convolved["sd15's convolutions"] == ([9], [0.5])
     assert convolved["taken from here on"][0] == [256, 256]

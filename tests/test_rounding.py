@@ -82,7 +82,7 @@ def test_the_engine_takes_the_layers_that_gain_in_the_recorded_sweep(scales):
     ours = spent(taken, scales) + spent([row for row in rows if row["before"] and row not in taken], "bf16")
     assert ours < 1.02 * best, "a rule in one number loses little against choosing layer by layer"
     assert spent(taken, scales) < 0.9 * spent(taken, "bf16")
-    assert spent(taken, "tensor") <= spent(taken, scales), "what `prepare` says of its scales"
+    assert spent(taken, "tensor") < spent(taken, "row"), "what `prepare` says of its scales"
 
 
 @recorded_sweep
@@ -90,7 +90,6 @@ def test_the_engine_takes_the_convolutions_that_gain_in_the_recorded_sweep():
     metrics = results.read_json(RECORDED / "fp8-shapes.json")["metrics"]
     rows = metrics["convolutions"]
     assert fp8.FEWEST_OF_CONVOLUTION == study.fewest_of_convolutions(rows)
-    assert metrics["fewest"].get("convolution", fp8.FEWEST_OF_CONVOLUTION) == fp8.FEWEST_OF_CONVOLUTION
     for row in rows:  # the engine's own count
         with torch.device("meta"):
             conv = torch.nn.Conv2d(row["inputs"], row["outputs"], 3)
@@ -144,7 +143,7 @@ def test_errors_by_layer_and_by_call(rounding, monkeypatch):  # noqa: F811
             assert set(off) == {"bf16", "row", "tensor"} and off["row"] == off["tensor"], "an image has one scale"
             assert off["bf16"] < 2**-7 and 2 * off["bf16"] < off["row"] < 2**-4 * (2 / 3) ** 0.5
             continue
-        bounded = row["layer"].endswith("ff.net.2")  # by one scale, which an outlier would be beyond
+        bounded = row["layer"].endswith(("ff.net.2", "attn2.to_q"))  # by one scale, which an outlier would be beyond
         far = set() if bounded else {"row_outlier"} | ({"tensor_outlier"} if row["layer"].endswith("to_out.0") else set())
         assert set(off) == {"bf16", "row", "tensor", "bf16_outlier"} | far, "the bound of an output is what comes in"
         assert off["bf16"] < 2**-7 and off["bf16_outlier"] < 2**-7

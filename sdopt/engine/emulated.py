@@ -1,6 +1,7 @@
 """fp8 where no GPU multiplies it: layers that round their numbers as the engine's do, and multiply in float32.
 
-What is lost is what the engine loses, up to the order of a sum; slowly, for rounding is a dozen operations of PyTorch's.
+What is lost is what the engine loses, up to the order of a sum, and to the scale of what attention over a prompt gives, which is
+found from that and not from the prompt; slowly, for rounding is a dozen operations of PyTorch's.
 """
 
 from collections.abc import Iterator

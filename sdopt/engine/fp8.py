@@ -11,10 +11,13 @@ GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
-picture depends on those before it. Three inputs have such a bound for a scale in either case: what GEGLU gives, and attention over
-the prompt (of the prompt's values), for no program of `linear_geglu` or `prompt_attention` sees a whole row (the weights they meet
-have one scale then, too); and a convolution's, which sums positions that must then have one. That the bound is tens or hundreds of
-times what is common costs little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
+picture depends on those before it. Some inputs have such a bound for a scale in either case, and the weights they meet one scale:
+what GEGLU gives, and attention over the prompt (of the values of a batch's prompts), for no program of `linear_geglu` or
+`prompt_attention` sees a whole row; a cross-attention's query, whose product by scales a row is no faster than in bfloat16; and a
+convolution's, which sums positions that must then have one. That the bound is tens or hundreds of times what is common costs
+little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
+
+The convolutions and the gated first half are for Hopper: on other GPUs they stay as they are, or are gated apart.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
@@ -22,7 +25,7 @@ mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capab
 scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` a tensor core's
 own sums, of fewer bits than float32, run through a whole product; without, they are added up in float32 on the way.
 
-Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (for SDXL 1.6 GB of linear layers and
+Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (for SDXL 1.7 GB of linear layers and
 0.3 GB of convolutions, less 0.6 GB of joined projections that this spares).
 """
 
@@ -35,6 +38,7 @@ from torch import nn
 
 from sdopt.engine import plain
 from sdopt.errors import UserError, first_line
+from sdopt.kernels import launch
 from sdopt.kernels.conv_float8 import conv_float8
 from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
@@ -76,8 +80,9 @@ def check(unet: nn.Module, rounding: Rounding):
         raise UserError(f"fp8 is for a pipeline in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
     try:
         new = lambda shape, dtype=torch.float32: torch.zeros(shape, device=unet.device).to(dtype)
-        few = Scaled(new((32, 32), E4M3), new((32, 1) if rounding.scales == "row" else ()))
-        product(few, few, new(32, DTYPE))
+        for scale in {(), (32, 1) if rounding.scales == "row" else ()}:
+            few = Scaled(new((32, 32), E4M3), new(scale))
+            product(few, few, new(32, DTYPE))
     except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
         raise UserError(
             f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {first_line(error)}"
@@ -107,7 +112,7 @@ class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
     `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `largest()`: a number
-    that no input is beyond; None where another knows it. `bounded`: input and weights have one scale even where the others have
+    that no input is beyond; both None where only what is before it can tell. `bounded`: input and weights have one scale even where the others have
     a scale a row.
     """
 
@@ -120,7 +125,8 @@ class Layer:
         self.by_row = rounding.scales == "row" and not bounded
         values = new(sum(self.sizes), parts[0].in_features, dtype=E4M3)
         self.weight = Scaled(values, new(len(values), 1) if self.by_row else new())
-        self.takes = "row" if self.by_row else new()
+        self.takes = "row" if self.by_row else new() if largest else None
+        self.can_gate = parts[0].bias is not None
 
     def __call__(self, x: Scaled) -> torch.Tensor:
         self.used = True
@@ -170,7 +176,8 @@ class Convolution:
     def pays(self, rows: int) -> bool:
         """Whether it is worth it for so many positions."""
         outputs, inputs = self.weight.values.shape
-        return self._all or rows * inputs * outputs >= FEWEST_OF_CONVOLUTION
+        fast = rows * inputs * outputs >= FEWEST_OF_CONVOLUTION and launch.fetches_tiles(self.weight.values.device)
+        return self._all or fast
 
     def rows(self) -> torch.Tensor:
         """The weights as `conv_float8` takes them: [outputs, 9 * channels]."""
@@ -198,7 +205,7 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
         cross = plain.attention(block.attn2)
         places = {
             block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
-            block.attn2: ([block.attn2.to_q] if cross else [], of_norm, (block.norm2,)),
+            block.attn2: ([block.attn2.to_q] if cross else [], of_norm, (block.norm2,)),  # by row no faster than in bfloat16
             block.attn2.to_out[0]: ([block.attn2.to_out[0]] if cross else [], None, ()),
             wide: ([wide], of_norm, (block.norm3,)),
             narrow: ([narrow] if bounded or rounding.scales == "row" else [], of_gated, (block.norm3, wide)),
@@ -206,9 +213,9 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
         for place, (parts, largest, of) in places.items():
             parts = [_merged(part) for part in parts]
             if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
-                gated = place is narrow and wide in found and found[wide].parts[0].bias is not None
                 bound = largest and partial(largest, *of)
-                found[place] = Layer(parts, bound, rounding, gated or bound is None)
+                one_scale = place is narrow and wide in found and found[wide].can_gate or place is block.attn2 or not bound
+                found[place] = Layer(parts, bound, rounding, one_scale)
     return found
 
 

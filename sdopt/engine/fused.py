@@ -21,7 +21,8 @@ from sdopt.kernels.add_layer_norm import add_layer_norm
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
 from sdopt.kernels.group_norm import group_norm
-from sdopt.kernels.linear_geglu import ENOUGH, linear_geglu, pays
+from sdopt.kernels.linear_geglu import fits as joins
+from sdopt.kernels.linear_geglu import linear_geglu, suits
 from sdopt.kernels.prompt_attention import fits, prompt_attention
 from sdopt.kernels.softmax import softmax
 from sdopt.kernels.upsample_conv import upsample_conv
@@ -142,9 +143,9 @@ def _transformer_block(block, h, pending, text):
 
 def _gated(wide, narrow, layer, x, rows):
     """The first half of a feed-forward, `layer` and GEGLU; `wide`, `narrow`: what stands for it and the second half in e4m3."""
-    if wide and narrow and not isinstance(narrow.takes, str) and rows >= ENOUGH:
+    if wide and narrow and wide.can_gate and not narrow.by_row and suits(rows, wide.weight.values.device):
         return wide.gated(x, narrow.takes)
-    if not (wide or narrow) and plain.is_stock(layer, kind=nn.Linear) and pays(x, layer.weight, layer.bias):
+    if not (wide or narrow) and plain.is_stock(layer, kind=nn.Linear) and joins(x, layer.weight, layer.bias):
         return linear_geglu(x, layer.weight, layer.bias)
     return geglu((wide or layer)(x), narrow and narrow.takes)
 

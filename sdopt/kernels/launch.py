@@ -13,6 +13,7 @@ from sdopt.errors import UserError
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # as it stood when the kernels beside this file were decorated
 THREADS = 16
+HOPPER = 9  # of compute capability 9.0
 ALIGNED = 16  # bytes: rows must begin at multiples of it to be fetched a tile at a time
 _ahead = ContextVar("ahead", default=None)  # a list while kernels are compiled and not started: of these
 
@@ -82,6 +83,14 @@ def check_image(kernel: str, x: torch.Tensor):
             f"{kernel} takes [batch, channels, height, width] in channels_last memory: "
             "call .to(memory_format=torch.channels_last) on it"
         )
+
+
+def fetches_tiles(device: torch.device) -> bool:
+    """Whether a GPU fetches a tile by one instruction, as the kernels' tiles were chosen for: Hopper does, and no older one.
+
+    Newer ones do, too, and none has been tried. True for what is no GPU.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def multiprocessors(x: torch.Tensor) -> int:

@@ -6,7 +6,7 @@ Operations: 4 * rows * inputs * n, on tensor cores. In two kernels the product w
 again: these 4 * rows * n * itemsize bytes never leave the multiprocessor here, since a program computes a tile of values and
 the same tile of gates, side by side as one product of a tile of x, and gates while both are in its registers. The weights are
 fetched as what they are, two matrices [n, inputs] one after the other: a tile is the same rows of both. Bytes that stay: x, the
-weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost (`pays`).
+weights, the result. It pays where a product written in Triton loses less against a library's than those bytes cost.
 
 A program computes several large tiles, as many programs as there are multiprocessors. Its two loops, over tiles and over steps
 of a tile, are one to the compiler (`flatten`): while one tile is gated and written, the next one's numbers are on their way.
@@ -30,7 +30,6 @@ NAME = "linear_geglu"
 TILE, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
 TOGETHER = 8  # tiles of rows that are computed at about the same time, and share weights in the GPU's cache
 ENOUGH = 1024  # rows: with fewer, large tiles would leave multiprocessors idle
-CAPABILITY = (9, 0)  # of GPUs that fetch a tile by one instruction, and on which it was measured
 
 
 def linear_geglu(
@@ -40,8 +39,8 @@ def linear_geglu(
 
     float32, float16 or bfloat16; summed and gated in float32, rounded once. `x` and `weight` may be in e4m3, both with scales a
     row or both with one for all, and the result is of the dtype of `bias`; with a `scale`, one float32 number, it is in e4m3
-    by that. Raises UserError for other shapes, layouts or dtypes, and for rows of x, or
-    of the result, that are not a multiple of 16 bytes. Source: https://arxiv.org/abs/2002.05202.
+    by that. Raises UserError for other shapes, layouts or dtypes, and for rows of x, or of the result, that are not a multiple of
+    16 bytes. Source: https://arxiv.org/abs/2002.05202.
     """
     (x, of_x), (weight, of_weight) = (part if isinstance(part, Scaled) else (part, None) for part in (x, weight))
     launch.check(NAME, bias, weight=weight, **{"the input": x})
@@ -67,9 +66,10 @@ def linear_geglu(
     tiles = TensorDescriptor.from_tensor
     halves = weight.view(2, outputs, inputs)
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
+    several = tall == TILE[0]  # tiles a program
     launch.start(
         _linear_geglu,
-        (min(count, launch.multiprocessors(x)) if tall == TILE[0] else count,),
+        (min(count, launch.multiprocessors(x)) if several else count,),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
         *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale))),
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
@@ -90,17 +90,22 @@ def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int) -> tup
     return tall, wide, deep, warps, max(1, min(stages, held))
 
 
-def pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether it takes these, in 16 bits, and is faster than a library's product and `geglu`: on Hopper, with rows enough."""
+def suits(rows: int, device: torch.device) -> bool:
+    """Whether it is made for so many rows, and for the GPU."""
+    return rows >= ENOUGH and launch.fetches_tiles(device)
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether it takes these, in 16 bits, and is made for them."""
     return (
-        (launch.INTERPRETED or x.is_cuda and torch.cuda.get_device_capability(x.device) >= CAPABILITY)
+        suits(x.numel() // x.shape[-1], x.device)
         and bias is not None
         and x.dtype == weight.dtype == bias.dtype
         and x.itemsize == 2
-        and x.numel() >= ENOUGH * x.shape[-1]
         and x.is_contiguous()
         and weight.is_contiguous()
         and not any(n * x.itemsize % launch.ALIGNED for n in (x.shape[-1], len(weight) // 2))
+        and not any(part.data_ptr() % launch.ALIGNED for part in (x, weight))
     )
 
 
