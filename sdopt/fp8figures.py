@@ -30,8 +30,9 @@ def whole(row: Mapping, way: str) -> float:
 
 
 def multiplications(row: Mapping) -> int:
-    """Of a 3x3 convolution of the study `fp8-shapes`, at the borders of its images, too."""
-    return row["samples"] * row["lines"] ** 2 * 9 * row["inputs"] * row["outputs"]
+    """Of a layer of the study `fp8-shapes`: a linear one, or a 3x3 convolution, at the borders of its images, too."""
+    rows = row["rows"] if "rows" in row else 9 * row["samples"] * row["lines"] ** 2
+    return rows * row["inputs"] * row["outputs"]
 
 
 def number_lines(formats: Mapping[str, Sequence[float]]):
@@ -115,9 +116,9 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
         found = [row for row in rows if row["layer"] == layer]
         way = "tensor" if layer == "feed-forward 2" else "row"
         gains = [whole(row, "bf16") / whole(row, way) for row in found]
-        linear.plot([_product(row) for row in found], gains, marker, color=colour, label=layer)
+        linear.plot([multiplications(row) for row in found], gains, marker, color=colour, label=layer)
     pairs = gated(rows)
-    linear.plot([_product(wide) for wide, _, _ in pairs], [bf16 / fp8 for _, bf16, fp8 in pairs], "D", color=SERIES[2],
+    linear.plot([multiplications(wide) for wide, _, _ in pairs], [bf16 / fp8 for _, bf16, fp8 in pairs], "D", color=SERIES[2],
                 markerfacecolor="none", label="feed-forward 1, gated in it")  # fmt: skip
     for (model, marker), colour in zip(CONVOLVED.items(), SERIES):
         found = [row for row in metrics["convolutions"] if row["model"] == model]
@@ -153,7 +154,3 @@ def gated(rows: Sequence[Mapping]) -> list[tuple[Mapping, float, float]]:
             bf16 = seconds["before_bf16"] + min(seconds["bf16"] + after["before_bf16"], seconds["gated_bf16"])
             found.append((row, bf16, fp8))
     return found
-
-
-def _product(row):
-    return row["rows"] * row["inputs"] * row["outputs"]

@@ -124,8 +124,7 @@ def _convolved(device, samples, lines, inputs, outputs, timed):
 
 def fewest(rows, way="row"):
     """From how many multiplications on fp8 is to be taken, a power of two: what makes all layers of `shapes` fastest in sum."""
-    count = lambda row: row["rows"] * row["inputs"] * row["outputs"]
-    return _fewest((count(row), whole(row, "bf16"), whole(row, way)) for row in rows if row["before"])
+    return _fewest((multiplications(row), whole(row, "bf16"), whole(row, way)) for row in rows if row["before"])
 
 
 def fewest_of_convolutions(rows):
