@@ -33,7 +33,8 @@ def peers_figure(result_path, target):
     result = results.read(result_path)
     rows = result["rows"]
     bars = {row["id"]: row["latency_s"]["median"] for row in rows if row["status"] == "ok"}
-    figure, axes = _bars(rows, bars, [row["id"] for row in rows])
+    furthest = max((row["latency_s"]["p80"] for row in rows if row["id"] in bars), default=1.0)
+    figure, axes = _bars(rows, bars, [row["id"] for row in rows], 1.25 * furthest)
     for y, row in enumerate(rows):
         if row["id"] not in bars:
             continue
@@ -43,8 +44,6 @@ def peers_figure(result_path, target):
         label = figures.seconds(latency["median"]) + _ratio(bars, row)
         _beside(axes, latency["p80"], y, label)
         axes.text(1.01, y, _first_calls(row), transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=QUIET)
-    furthest = max((row["latency_s"]["p80"] for row in rows if row["id"] in bars), default=1.0)
-    axes.set_xlim(0, 1.25 * furthest)  # a label's room beyond it
     axes.text(1.01, -0.6, "first call", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9, color=QUIET)
     axes.set_xlabel(f"seconds a picture, median and p20 to p80; x: times faster than {REFERENCE}", color=QUIET)
     kinds = {kind: KINDS[kind] for kind in KINDS if kind in map(_kind, rows)}
@@ -68,7 +67,8 @@ def attention_figure(result_path, target):
     took = {row["id"]: row["stages_ms"]["unet"] / row["stages_ms"]["unet_calls"] for row in done}
     profiled = bool(done) and all(row.get("unet_kernels") for row in done)
     bars = {row["id"]: figures.kernels_ms(row) / row["stages_ms"]["unet_calls"] for row in done} if profiled else took
-    figure, axes = _bars(rows, bars, [BACKENDS[row["id"]] for row in rows])
+    reach = 1.35 * max((*took.values(), *bars.values()), default=1.0)
+    figure, axes = _bars(rows, bars, [BACKENDS[row["id"]] for row in rows], reach)
     for y, row in enumerate(rows):
         if row["id"] in bars:
             ran = " and ".join(row.get("as_run", {}).get("attention") or ())
@@ -76,26 +76,24 @@ def attention_figure(result_path, target):
             if profiled:
                 axes.barh(y, took[row["id"]], height=0.62, fill=False, edgecolor=QUIET, linewidth=0.8)
             _beside(axes, max(bars[row["id"]], took[row["id"]]), y, label)
-    if took:
-        axes.set_xlim(0, 1.35 * max(*took.values(), *bars.values()))
     what = "of the GPU's kernels in a UNet call (outline: of the whole call)" if profiled else "a UNet call, mean of one picture's"
     axes.set_xlabel(f"milliseconds {what}; x: times faster than PyTorch's pick", color=QUIET)
     figures.title(figure, "Who computes attention: a UNet call by backend", result)
     figures.save(figure, target, [result_path])
 
 
-def _bars(rows, lengths, names):
-    """A figure with a bar for each of `rows` that has a length, the reason for each that failed."""
+def _bars(rows, lengths, names, reach):
+    """A figure with a bar for each of `rows` that has a length, the reason for each that failed; as wide as `reach`."""
     figure = figures.Plot(figsize=(12, 1.9 + 0.42 * len(rows)))
-    axes, longest = figure.subplots(), max(lengths.values(), default=1.0)
+    axes = figure.subplots()
     for y, row in enumerate(rows):
         if row["id"] in lengths:
             axes.barh(y, lengths[row["id"]], height=0.62, color=KINDS[_kind(row)][0])
         else:
             reason = textwrap.shorten(row["status"], 120, placeholder=" …")
-            axes.text(longest * 0.01, y, reason, va="center", fontsize=9, color=QUIET, style="italic")
+            axes.text(reach * 0.01, y, reason, va="center", fontsize=9, color=QUIET, style="italic")
     figures.rows_down(axes, names)
-    axes.set_xlim(0, longest * 1.35)
+    axes.set_xlim(0, reach)
     return figure, axes
 
 

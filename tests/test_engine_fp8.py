@@ -11,7 +11,7 @@ from test_engine import RECORDED, captured, gpu_draw, on_gpu, small, tiny  # noq
 from tiny import psnr
 
 from sdopt import engine, guidance, models, precision
-from sdopt.engine import fp8, fused
+from sdopt.engine import fp8
 from sdopt.errors import UserError
 from sdopt.kernels import conv_float8, launch, linear_geglu, to_float8
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tiny import tiny_sdxl
 from torch import nn
 
@@ -20,7 +19,6 @@ from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
 from sdopt.kernels import linear_geglu, prompt_attention, to_float8
-from sdopt.kernels.to_float8 import Scaled
 
 STEP, LAST = 2.0**-4, 2.0**-10
 SUMMED = 2.0**-10  # of the sum of absolute products: tensor cores add in fewer bits than float32 has; the result in bfloat16

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_up import stages_result, until_killed
 
-from sdopt import engine, results, roofline, stagetables
+from sdopt import engine, results, roofline
 from sdopt.bench import process, stages, studies, walk
 from sdopt.bench.judge import Judge
 from sdopt.bench.row import Recipe

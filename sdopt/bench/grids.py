@@ -17,7 +17,6 @@ import torch
 
 from sdopt import guidance, path, quantization
 from sdopt.bench import recipes
-from sdopt.bench.row import Recipe
 from sdopt.bench.sweeps import CALLS, CUT, NINE, Sampled, sampling
 
 BATCHES = (1, 2, 4, 8, 16, 24)

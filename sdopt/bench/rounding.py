@@ -4,14 +4,13 @@ import statistics
 from math import log2
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.functional import conv2d, linear
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
 from sdopt.bench.fusions import CACHE, in_turn
-from sdopt.engine import fp8, plain
+from sdopt.engine import fp8
 from sdopt.fp8figures import multiplications, whole
 from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, to_float8
 from sdopt.pocket.captions import test_prompts
@@ -185,9 +184,7 @@ def layer_errors(unet, call):
     A row a layer: {"layer", "off": {"bf16", "row", "tensor", "bf16_outlier", "row_outlier"}}; "outlier": one channel of the
     input of a linear layer 64 times as large. What is called exact has the same bfloat16 weights and inputs, multiplied in float32.
     """
-    blocks = [block for model in unet.modules() for block in getattr(model, "transformer_blocks", ())]
-    resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
-    kinds = {scales: fp8.layers(blocks, fp8.Rounding(scales, "all"), resnets) for scales in fp8.SCALES}
+    kinds = {scales: fp8.every_layer(unet, scales) for scales in fp8.SCALES}
     names, inputs, hooks = {part: name for name, part in unet.named_modules()}, {}, []
     first = lambda layer: layer.conv if isinstance(layer, fp8.Convolution) else layer.parts[0]
     for place, layer in kinds["row"].items():

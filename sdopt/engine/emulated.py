@@ -9,13 +9,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn.functional import conv2d, linear
 
 from sdopt import timing
-from sdopt.engine import fp8, plain
+from sdopt.engine import fp8
 from sdopt.kernels import to_float8
+from sdopt.kernels.conv_float8 import flat
 
 
 @contextmanager
@@ -26,13 +26,11 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
     `engine.prepare` takes them. Gives the layers by their names. Raises UserError for other scales. Introduced in
     notebooks/13_fp8.
     """
-    blocks = [block for part in unet.modules() for block in getattr(part, "transformer_blocks", ())]
-    resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
     names, rounded = {part: name for name, part in unet.named_modules()}, {}
     with ExitStack() as stack:
-        for layer in fp8.layers(blocks, fp8.asked("fp8", scales, "all"), resnets).values():
+        for layer in fp8.every_layer(unet, scales).values():
             if isinstance(layer, fp8.Convolution):
-                weight, takes = to_float8.reference(layer.rows().detach()), fp8.scale_of(fp8.of_group_norm(layer.norm))
+                weight, takes = to_float8.reference(flat(layer.conv.weight.detach())), fp8.scale_of(fp8.of_group_norm(layer.norm))
                 stack.enter_context(timing.swapped(layer.conv, "forward", partial(_convolved, layer.conv, weight, takes)))
                 rounded[names[layer.conv]] = layer.conv
                 continue

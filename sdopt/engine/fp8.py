@@ -34,12 +34,13 @@ from functools import partial
 
 import torch
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from sdopt.engine import plain
 from sdopt.errors import UserError, first_line
 from sdopt.kernels import launch
-from sdopt.kernels.conv_float8 import conv_float8
+from sdopt.kernels.conv_float8 import conv_float8, flat
 from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
 
@@ -179,14 +180,17 @@ class Convolution:
         fast = rows * inputs * outputs >= FEWEST_OF_CONVOLUTION and launch.fetches_tiles(self.weight.values.device)
         return self._all or fast
 
-    def rows(self) -> torch.Tensor:
-        """The weights as `conv_float8` takes them: [outputs, 9 * channels]."""
-        return self.conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
-
     def gather(self):
         """Round the weights as they are now."""
         self.takes.copy_(scale_of(of_group_norm(self.norm)))
-        to_float8(self.rows(), out=self.weight)
+        to_float8(flat(self.conv.weight), out=self.weight)
+
+
+def every_layer(unet: nn.Module, scales: str) -> dict[nn.Module, Layer | Convolution]:
+    """The `layers` of a whole UNet, whatever they gain. Raises UserError for other scales."""
+    blocks = [block for part in unet.modules() for block in getattr(part, "transformer_blocks", ())]
+    resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
+    return layers(blocks, asked("fp8", scales, "all"), resnets)
 
 
 def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Layer | Convolution]:

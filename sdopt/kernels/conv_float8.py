@@ -78,7 +78,12 @@ def bordered(x: torch.Tensor, scale: torch.Tensor) -> Scaled:
 
 def rounded(weight: torch.Tensor) -> Scaled:
     """The weights of a 3x3 convolution, [outputs, channels, 3, 3], in e4m3 with a scale an output."""
-    return to_float8(weight.permute(0, 2, 3, 1).flatten(1).contiguous())
+    return to_float8(flat(weight))
+
+
+def flat(weight: torch.Tensor) -> torch.Tensor:
+    """The weights of a 3x3 convolution, [outputs, channels, 3, 3], an output a row: [outputs, 9 * channels]."""
+    return weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def reference(x, weight):
