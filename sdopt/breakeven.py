@@ -72,10 +72,12 @@ def first_calls(rows):
         part: [f"{i} {figures.seconds(c[part])} of {figures.seconds(c['cold_s'])}" for i, c in calls.items() if c.get(part)]
         for part in COUNTED_IN
     }
+    beside = [i for i, c in calls.items() if c.get("beside")]
     return [
         "first call, of rows that compile: what the row needs is compiled and kept on disk; warm: the first call of "
         f"another process, which finds it there{some}",
         *(f"first call, {COUNTED_IN[part]}: {', '.join(those)}" for part, those in counted.items() if those),
+        *(f"first call, compiled beside another row's: {', '.join(those)}" for those in [beside] if those),
     ]
 
 

@@ -1,4 +1,9 @@
+import os
 import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +135,63 @@ def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
         assert row["latency_s"]["median"] == pytest.approx(np.median(runs))
         assert row["beside"] == ["baseline_fp32", "bf16", "compile"] or "sdpa" in row["beside"]
     assert rows["compile"]["first_calls"] == {"cold_s": 90.0, "compiled": 2, "found": 0, "warm_s": 90.0}
+
+
+SEARCHING = [Recipe(i, i, (), compiled=True, searches=i != "plain") for i in ("one", "two", "plain")]
+
+
+def compile_beside(state, tell, job):
+    """A first call that ends when the other row's has begun, and fails or lasts where a file says so."""
+    folder, others = job.cache.parent, {"one": "two", "two": "one"}
+    noted(folder, f"cold {job.recipe.id}")
+    while f"cold {others[job.recipe.id]}" not in (folder / "log.txt").read_text() or (folder / "stuck").exists():
+        time.sleep(0.02)
+    if (folder / f"{job.recipe.id} fails").exists():
+        raise MemoryError("CUDA out of memory")
+    return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 0, "processes": 8, "waited_s": 20.0}
+
+
+def side_by_side(out):
+    """What becomes of rows that search, and their ledger."""
+    ledger = Ledger(out / "s.json", HEAD, [recipe.id for recipe in SEARCHING])
+    jobs = [replace(walk.job_of(r, SHARED, Judge(SHARED), "cpu", out / "cache"), device="cuda") for r in SEARCHING]
+    with pytest.MonkeyPatch.context() as patch, process.Fresh(CPU, ahead=False) as fresh:
+        patch.setattr(walk, "first_call", compile_beside)
+        try:
+            return peers._compile_side_by_side(ledger, jobs, fresh, lambda done, text: None, 60), ledger
+        except KeyboardInterrupt:
+            return "interrupted", ledger
+
+
+def test_rows_that_search_compile_side_by_side(tmp_path):
+    compiled, ledger = side_by_side(tmp_path)
+    assert compiled == {"one": True, "two": True}, "the third is none that searches"
+    calls = {"cold_s": 70.0, "compiled": 2, "found": 0}  # without the waiting
+    assert ledger.row("one")["first_calls"] == calls | {"beside": ["two"]}
+    assert ledger.row("two")["first_calls"] == calls | {"beside": ["one"]} and not ledger.row("plain")
+
+
+def test_a_row_that_cannot_compile_leaves_the_one_beside_it_alone(tmp_path):
+    (tmp_path / "two fails").touch()
+    compiled, ledger = side_by_side(tmp_path)
+    assert compiled == {"one": True, "two": False}
+    assert ledger.row("two")["status"] == "failed: MemoryError: CUDA out of memory"
+    assert ledger.row("one")["first_calls"]["cold_s"] == 70.0
+
+
+def test_interrupted_rows_stop_at_once_and_have_not_failed(tmp_path):
+    (tmp_path / "stuck").touch()
+    began = lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text().count("cold") == 2
+
+    def interrupt():
+        while not began():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    compiled, ledger = side_by_side(tmp_path)
+    assert compiled == "interrupted"
+    assert not any(ledger.row(i).get("status", NOT_TIMED) != NOT_TIMED for i in ("one", "two"))
 
 
 HEAD = {"schema": 1, "study": "s", "environment": dict.fromkeys(results.ENVIRONMENT), "settings": SHARED}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -129,55 +130,74 @@ AS_IT_WAS = SimpleNamespace(config="8 warps")
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     """Inductor's tuners of six kernels: a search times three candidates, for 50 ms each, and says which kernel it was."""
+    from torch._inductor.runtime.benchmarking import InductorBenchmarker, benchmarker
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     def search(tuner, launcher):
         for candidate in "abc":
-            tuner.bench(candidate)
+            benchmarker.benchmark_gpu(candidate)
         return f"{launcher}, searched"
 
     monkeypatch.setattr(CachingAutotuner, "_coordinate_descent_tuning", search)
-    monkeypatch.setattr(CachingAutotuner, "bench", lambda tuner, candidate: time.sleep(0.05))
+    monkeypatch.setattr(InductorBenchmarker, "benchmark_gpu", lambda benchmarker, candidate: time.sleep(0.05))
     tuners = [CachingAutotuner.__new__(CachingAutotuner) for _ in range(6)]
     for n, tuner in enumerate(tuners):
         tuner.filename, tuner.autotune_time_taken_ns, tuner.kept = f"/somewhere/c{n}.py", 5, []
         tuner.save_cache_hook = lambda *what, tuner=tuner, **how: tuner.kept.append((*what, how))
-    claims.begin(tmp_path)
+    claims.begin(tmp_path / "claims" / "row")
     return tuners
 
 
 def test_a_search_left_for_later_leaves_kernels_as_they_are_and_counts_them(kernels, tmp_path):
-    with claims.applied(claims.LATER, tmp_path) as left:
+    with claims.applied(claims.LATER, tmp_path / "claims" / "row") as search:
         assert [k._coordinate_descent_tuning(AS_IT_WAS) for k in (*kernels, *kernels)] == [AS_IT_WAS] * 12
-    assert len(left) == 6
+    assert len(search.left) == 6 and not search.waited
     assert all(k.kept == [("8 warps", 5, {"found_by_coordesc": False})] for k in kernels), "no search has found it"
     assert kernels[0]._coordinate_descent_tuning("it") == "it, searched", "afterwards all is as before"
 
 
+@contextmanager
+def somebody_times(folder):
+    with open(folder / "claims" / "gpu.lock", "a") as gpu:
+        fcntl.flock(gpu, fcntl.LOCK_EX)
+        yield
+
+
 def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, tmp_path):
-    with claims.applied(claims.SHARED, tmp_path):
+    folder = tmp_path / "claims" / "row"
+    with claims.applied(claims.SHARED, folder) as seen:
         assert kernels[0]._coordinate_descent_tuning("it") == "it, searched"
         assert kernels[0]._coordinate_descent_tuning("it") == "it", "another has it"
-        with open(tmp_path / "claims" / "gpu.lock", "a") as gpu:
-            fcntl.flock(gpu, fcntl.LOCK_EX)
-            with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:
+            with somebody_times(tmp_path):
                 waiting = pool.submit(kernels[1]._coordinate_descent_tuning, "it")
                 time.sleep(0.5)
-                assert not waiting.done(), "somebody else times"
-                fcntl.flock(gpu, fcntl.LOCK_UN)
-    assert waiting.result() == "it, searched"
-    assert len(claims.seconds(tmp_path)) == 2
-    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(tmp_path)), "without the waiting"
+                assert not waiting.done(), "of whichever row it is"
+            assert waiting.result() == "it, searched"
+    assert len(claims.seconds(folder)) == 2 and sum(seen.waited) > 0.4
+    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(folder)), "without the waiting"
+
+
+def test_what_a_compilation_waits_for_others_is_known(kernels, tmp_path):
+    from torch._inductor.runtime.benchmarking import benchmarker
+
+    with claims.applied(claims.LATER, tmp_path / "claims" / "row") as seen, ThreadPoolExecutor(1) as pool:
+        with somebody_times(tmp_path):
+            waiting = pool.submit(benchmarker.benchmark_gpu, "candidate of a product")
+            time.sleep(0.5)
+            assert not waiting.done()
+        waiting.result()
+    assert 0.4 < sum(seen.waited) < 5
 
 
 def search_for_long(state, tell, job):
     """A first call of which four kernels are to be searched, 0.2 s each."""
     tell("first call, which compiles")
     if job.search == claims.LATER:
-        return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 4, "processes": 2}
+        return {"first_call_s": 97.0, "graphs": {"compiled": 2, "found": 0}, "left": 4, "processes": 2, "waited_s": 7.0}
     assert job.search == claims.SHARED
     for kernel in range(4):
-        mark = job.cache / "claims" / f"c{kernel}"
+        mark = job.cache / "claims" / job.recipe.id / f"c{kernel}"
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
@@ -214,6 +234,29 @@ def test_a_shared_search_that_was_stopped_has_its_seconds_kept(tmp_path, monkeyp
     assert not kept["finished"] and kept["spent_s"] >= 90 + 100
 
 
+def all_die(state, tell, job):
+    if job.search == claims.SHARED:
+        os._exit(9)
+    return search_for_long(state, tell, job)
+
+
+def test_a_search_of_which_no_process_is_left_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", all_die)
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh, pytest.raises(process.RowFailed, match="exit code 9"):
+        walk.cold(fresh, job(tmp_path, device="cuda"), lambda phase: None, 60.0)
+    assert not searches.begin(job(tmp_path))["finished"]
+
+
+def test_rows_that_compile_side_by_side_share_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", search_for_long)
+    monkeypatch.setattr(process, "LOOK_S", 0.5)
+    monkeypatch.setattr(claims, "MOST", 2)
+    told = []
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        first = walk.cold(fresh, job(tmp_path, device="cuda"), told.append, 60.0, rows=2)
+    assert first["shared_s"] == 400.0 and any(phase.startswith("1 processes search") for phase in told)
+
+
 def test_a_table_says_which_seconds_are_of_an_earlier_process():
     made = peers_result()
     row = next(row for row in made["rows"] if row["id"] == "tutorial_recipe")
@@ -221,6 +264,9 @@ def test_a_table_says_which_seconds_are_of_an_earlier_process():
     assert any("counted in: tutorial_recipe 1035 s of 1240 s" in said.replace(",", "") for said in tables.remarks(made))
     row["first_calls"]["shared_s"] = row["first_calls"].pop("before_s")
     assert any("counted in: tutorial_recipe 1035 s of 1240 s" in said.replace(",", "") for said in tables.remarks(made))
+    assert not any("compiled beside" in said for said in tables.remarks(made))
+    row["first_calls"]["beside"] = ["compile_max_autotune"]
+    assert "first call, compiled beside another row's: tutorial_recipe" in tables.remarks(made)
     del row["first_calls"]["shared_s"]
     assert not any("counted in" in said for said in tables.remarks(made))
 
@@ -247,9 +293,9 @@ from sdopt.bench import claims
 
 model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn.LayerNorm(512)).cuda().bfloat16()
 options = compilation.mode_options("max-autotune") | compilation.SEARCH
-with torch.no_grad(), claims.applied(sys.argv[1], Path(sys.argv[2])) as left:
+with torch.no_grad(), claims.applied(sys.argv[1], Path(sys.argv[2])) as search:
     torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
-print(len(left), counters["inductor"]["coordesc_tuning_bench"])
+print(len(search.left), counters["inductor"]["coordesc_tuning_bench"])
 """
 
 
@@ -257,7 +303,7 @@ def searching(folder, how):
     """A process that compiles a small model for the GPU, to be asked for (kernels left out, candidates timed)."""
     cache = folder / "cache"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    command = [sys.executable, "-c", SEARCH, how, str(cache)]
+    command = [sys.executable, "-c", SEARCH, how, str(cache / "claims" / "row")]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -283,8 +329,8 @@ def test_gpu_what_was_found_is_not_searched_for_again(tmp_path):
 def test_gpu_a_search_is_shared_and_then_done(tmp_path):
     left, timed = counted(searching(tmp_path, claims.LATER))
     assert left > 0 and timed == 0
-    claims.begin(tmp_path / "cache")
+    claims.begin(tmp_path / "cache" / "claims" / "row")
     two = [searching(tmp_path, claims.SHARED) for _ in range(2)]
     assert sum(counted(one)[1] for one in two) > 0
-    assert len(claims.seconds(tmp_path / "cache")) == left
+    assert len(claims.seconds(tmp_path / "cache" / "claims" / "row")) == left
     assert counted(searching(tmp_path, claims.LATER)) == (0, 0)

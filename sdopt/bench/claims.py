@@ -5,6 +5,7 @@ an hour and more, in which the GPU has next to nothing to do. So a row that sear
 LATER, one process compiles everything and leaves that search out. In the second, SHARED, several find it compiled, and each
 searches the kernels that nobody has claimed yet. A claim is an empty file; another, in the end, holds the seconds that its
 kernel took, without the waiting for the GPU. All seconds together are what one process would have taken.
+Rows that search are compiled side by side; whoever times a kernel, of whichever row, has the GPU's lock.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,64 +25,74 @@ SECONDS = ".seconds"
 MOST = 8  # processes; each keeps a pipeline on the GPU, and about one core busy
 
 
-@contextmanager
-def applied(how: str, cache: Path | None):
-    """Within, Inductor's searches are left out (LATER), shared (SHARED, over the folder `cache`) or as they are (ALONE).
+@dataclass
+class Search:
+    """What a process left out of a search, and how many seconds it waited for others that timed a kernel."""
 
-    Gives the set of kernels that were left out, to be read afterwards.
+    left: set[str] = field(default_factory=set)
+    waited: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def applied(how: str, folder: Path | None):
+    """Within, Inductor's searches are left out (LATER), shared (SHARED, by claims in `folder`) or as they are (ALONE).
+
+    Gives a `Search`, to be read afterwards.
     """
-    left, waited = set(), []
+    seen = Search()
     if how == ALONE:
-        yield left
+        yield seen
         return
+    from torch._inductor.runtime.benchmarking import InductorBenchmarker
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # which imports Triton
 
-    search, bench = CachingAutotuner._coordinate_descent_tuning, CachingAutotuner.bench
+    search, bench = CachingAutotuner._coordinate_descent_tuning, InductorBenchmarker.benchmark_gpu
+    lock = folder.parent / "gpu.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
 
     def leave(tuner, launcher, *args, **kwargs):
-        if _name(tuner) not in left and tuner.save_cache_hook:
+        if _name(tuner) not in seen.left and tuner.save_cache_hook:
             # PyTorch 2.13 notes the best of the few that it always tries as if it had been searched for: it was not
             tuner.save_cache_hook(launcher.config, tuner.autotune_time_taken_ns, found_by_coordesc=False)
-        left.add(_name(tuner))
+        seen.left.add(_name(tuner))
         return launcher
 
     def claim(tuner, launcher, *args, **kwargs):
-        mark = _folder(cache) / _name(tuner)
+        mark = folder / _name(tuner)
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
             return launcher
-        waited.clear()
-        began = time.monotonic()
+        before, began = sum(seen.waited), time.monotonic()
         found = search(tuner, launcher, *args, **kwargs)
-        seconds = time.monotonic() - began - sum(waited)
+        seconds = time.monotonic() - began - (sum(seen.waited) - before)
         results.write_whole(mark.with_suffix(SECONDS), str(seconds).encode())
         return found
 
-    def in_turn(tuner, *args, **kwargs):
+    def in_turn(*args, **kwargs):
         asked = time.monotonic()
-        with open(_folder(cache) / "gpu.lock", "a") as gpu:
+        with open(lock, "a") as gpu:
             fcntl.flock(gpu, fcntl.LOCK_EX)
-            waited.append(time.monotonic() - asked)
-            return bench(tuner, *args, **kwargs)
+            seen.waited.append(time.monotonic() - asked)
+            return bench(*args, **kwargs)
 
     try:
         CachingAutotuner._coordinate_descent_tuning = claim if how == SHARED else leave
-        CachingAutotuner.bench = in_turn if how == SHARED else bench
-        yield left
+        InductorBenchmarker.benchmark_gpu = in_turn
+        yield seen
     finally:
-        CachingAutotuner._coordinate_descent_tuning, CachingAutotuner.bench = search, bench
+        CachingAutotuner._coordinate_descent_tuning, InductorBenchmarker.benchmark_gpu = search, bench
 
 
-def begin(cache: Path) -> None:
-    """Forget all claims."""
-    shutil.rmtree(_folder(cache), ignore_errors=True)
-    _folder(cache).mkdir(parents=True)
+def begin(folder: Path) -> None:
+    """Forget all claims in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def seconds(cache: Path) -> list[float]:
+def seconds(folder: Path) -> list[float]:
     """Of every kernel that has been searched since `begin`."""
-    return [float(took.read_text()) for took in _folder(cache).glob(f"*{SECONDS}")]
+    return [float(took.read_text()) for took in folder.glob(f"*{SECONDS}")]
 
 
 def processes() -> int:
@@ -91,10 +103,6 @@ def processes() -> int:
     free, _ = torch.cuda.mem_get_info()
     room = free // max(torch.cuda.max_memory_reserved(), 1)
     return max(1, min(MOST, room, (os.cpu_count() or 2) // 2))
-
-
-def _folder(cache):
-    return cache / "claims"
 
 
 def _name(tuner):

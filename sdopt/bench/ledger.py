@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Ledger:
     def __init__(self, path, head, order, resume=False, retry=False):
         self.path, self.order, self.retry = Path(path), list(order), retry
         self.result = head | {"rows": []}
+        self._putting = threading.Lock()
         found = results.read(self.path) if self.path.exists() else None
         if found and found.get("measured_by") != head.get("measured_by"):
             raise UserError(f"{self.path} holds rows of another command: give another folder with --out")
@@ -55,10 +57,11 @@ class Ledger:
 
     def put(self, *rows, **more):
         """Write `rows`, each in the place of the row of its id, and `more` beside the rows."""
-        by_id = {row["id"]: row for row in (*self.result["rows"], *rows)}
-        placed = sorted(by_id.values(), key=lambda row: self.order.index(row["id"]))
-        self.result |= more | {"rows": placed}
-        results.write(self.path, self.result)
+        with self._putting:
+            by_id = {row["id"]: row for row in (*self.result["rows"], *rows)}
+            placed = sorted(by_id.values(), key=lambda row: self.order.index(row["id"]))
+            self.result |= more | {"rows": placed}
+            results.write(self.path, self.result)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A peer study: every row in a process that stays, a picture each in turn, in another order each round."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sdopt.bench import process, sensors
@@ -31,11 +32,13 @@ def take_turns(
         todo = [i for i in jobs if not ledger.is_done(i)]
         try:
             with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+                compiled = _compile_side_by_side(ledger, [jobs[i] for i in todo], fresh, progress, limit_s)
+                todo = [i for i in todo if compiled.get(i, True)]
                 for n, i in enumerate(todo):
                     tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
                     for ready in list(workers):  # loading takes more memory than drawing
                         _ask(ledger, workers, ready, give_back, limit_s=limit_s)
-                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
+                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s, i in compiled)
             _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
             for i, worker in workers.items():
                 progress(shared["runs"], f"{i}: a last look")
@@ -50,12 +53,42 @@ def take_turns(
     return ledger.result
 
 
-def _ready(ledger, job, fresh, workers, tell, limit_s):
-    """Load, compile and warm up one peer, in a worker that stays."""
+def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
+    """Compile the rows of `jobs` that search, all at once, each for the most part one thread of Python's; {id: whether it could be}.
+
+    A row that cannot be compiled is recorded with its reason. On a CPU they would take the cores that each other's kernels
+    are timed on: there is none then, and each is compiled when it is its turn.
+    """
+    jobs = [job for job in jobs if job.recipe.searches and job.device != "cpu"]
+    beside = [job.recipe.id for job in jobs]
+
+    def compiled(job):
+        row = ledger.begun(job.recipe)
+        try:
+            compile_first(ledger, row, fresh, job, lambda phase: progress(0, f"{job.recipe.id}: {phase}"), limit_s, beside)
+        except process.RowFailed as failure:
+            if not fresh.stopped:
+                ledger.put(row | {"status": f"failed: {failure}"})
+            return False
+        return True
+
+    if not jobs:
+        return {}
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        try:
+            return dict(zip(beside, pool.map(compiled, jobs), strict=True))
+        except BaseException:
+            fresh.stop()
+            raise
+
+
+def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):
+    """Load, compile (unless it is) and warm up one peer, in a worker that stays."""
     recipe = job.recipe
     row = ledger.begun(recipe)
     try:
-        compile_first(ledger, row, fresh, job, tell, limit_s)
+        if not compiled:
+            compile_first(ledger, row, fresh, job, tell, limit_s)
         worker = fresh.take()
         try:
             first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)

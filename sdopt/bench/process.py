@@ -154,17 +154,27 @@ class Fresh:
     """Fresh workers, one after another; with `ahead`, the next one imports while this one's call is at its last phases."""
 
     def __init__(self, ctx, ahead):
-        self._ctx, self._ahead, self._next = ctx, ahead, None
+        self._ctx, self._ahead, self._next, self._taken = ctx, ahead, None, []
+        self._taking, self.stopped = threading.Lock(), False
 
     def take(self):
         """A worker that has done nothing yet."""
-        worker, self._next = self._next or Worker(self._ctx), None
+        with self._taking:
+            worker, self._next = self._next or Worker(self._ctx), None
+            self._taken.append(worker)
         return worker
 
     def start_next(self):
         """With `ahead`, let the next worker start and import now."""
-        if self._ahead and not self._next:
-            self._next = Worker(self._ctx)
+        with self._taking:
+            if self._ahead and not self._next:
+                self._next = Worker(self._ctx)
+
+    def stop(self):
+        """End all workers that were taken, in whichever thread they are called; `stopped` says that it was so."""
+        self.stopped = True
+        for worker in self._taken:
+            worker.stop()
 
     def call(self, function, *arguments, on_phase=lambda phase: None, **how):
         """One call in a worker of its own, as `Worker.call`."""

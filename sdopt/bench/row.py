@@ -70,6 +70,11 @@ class Job:
     search: str = claims.ALONE  # how the compiler searches
 
     @property
+    def claims(self):
+        """The folder in which processes that share this row's search claim kernels."""
+        return self.cache / "claims" / self.recipe.id if self.cache else None
+
+    @property
     def artifacts(self):
         """The compiler's work for this row in one file, for a machine that has no cache yet."""
         return self.cache / f"{self.model}-{self.recipe.id}.bin.xz" if self.cache and self.recipe.compiles else None
@@ -112,18 +117,19 @@ def first_call(state, tell, job):
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
     pipeline to its first picture. What was compiled is exported, but not before its search is done. Where that is for LATER,
-    there are "left", how many kernels it left out, and "processes", how many could search them.
+    there are "left", how many kernels it left out, "processes", how many could search them, and "waited_s", the seconds of
+    the first call in which others timed kernels.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
     took = time.perf_counter() - began[0]
     state["pipe"], state["call"], state["draw"] = pipe, call_kwargs, drawing.drawer(pipe, job, **call_kwargs)
     tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
-    with claims.applied(job.search, job.cache) as left:
+    with claims.applied(job.search, job.claims) as search:
         seconds = timing.seconds_of(state["draw"], job.device)
     first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
     if job.search == claims.LATER:
-        return first | {"left": len(left), "processes": claims.processes()}
+        return first | {"left": len(search.left), "processes": claims.processes(), "waited_s": sum(search.waited)}
     if job.search == claims.ALONE:
         tell(KEEPING)
         keep_artifacts(job)

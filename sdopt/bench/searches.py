@@ -11,12 +11,14 @@ The file holds numbers, and no code.
 import json
 import lzma
 import re
+import threading
 
 from sdopt import results
 from sdopt.errors import UserError
 
 NOTHING = {"spent_s": 0.0, "finished": False}
 # In Inductor's cache: tile sizes by kernel, and times of kernels by product and convolution.
+ONE_AT_A_TIME = threading.Lock()  # rows of one study may compile side by side, and their finds are in one file
 FINDS = re.compile(r"\w+/\w+\.best_config|cache/\w+")
 
 
@@ -37,12 +39,13 @@ def keep(job, spent_s: float, finished: bool = False) -> None:
 
     Of a row that has finished and found nothing there is nothing to say: it can be compiled anew at any time.
     """
-    kept = _read(job)
-    kept["finds"] |= _finds(job.cache / "inductor")
-    kept["rows"][job.recipe.id] = {"spent_s": spent_s, "finished": finished}
-    if finished and not job.recipe.searches:
-        del kept["rows"][job.recipe.id]
-    results.write_whole(_path(job), lzma.compress(json.dumps(kept, indent=1, sort_keys=True).encode()))
+    with ONE_AT_A_TIME:
+        kept = _read(job)
+        kept["finds"] |= _finds(job.cache / "inductor")
+        kept["rows"][job.recipe.id] = {"spent_s": spent_s, "finished": finished}
+        if finished and not job.recipe.searches:
+            del kept["rows"][job.recipe.id]
+        results.write_whole(_path(job), lzma.compress(json.dumps(kept, indent=1, sort_keys=True).encode()))
 
 
 def _path(job):

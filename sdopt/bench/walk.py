@@ -82,23 +82,27 @@ def job_of(recipe, shared, judge, device, cache=None):
     return Job(recipe, device=device, prompts=judge.prompts, seeds=judge.seeds, cache=cache, **task)
 
 
-def compile_first(ledger, row, fresh, job, tell, limit_s):
+def compile_first(ledger, row, fresh, job, tell, limit_s, beside=()):
     """Give `row`, if it compiles, its "first_calls", and see that the next call of its job finds everything compiled.
+
+    `beside`: the ids of rows that are compiled at the same time, which is said where the first call is new.
 
     Where neither the cache nor its export has come along, on another machine that is, it is compiled once more; what the
     first call took stays as it was measured then.
     """
     if job.artifacts and not ("first_calls" in row and job.artifacts.exists()):
-        calls = cold(fresh, job, tell, limit_s)
-        row.setdefault("first_calls", calls)
+        others = [i for i in beside if i != job.recipe.id]
+        calls = cold(fresh, job, tell, limit_s, rows=1 + len(others))
+        row.setdefault("first_calls", calls | ({"beside": others} if others else {}))
         ledger.put(row)
 
 
-def cold(fresh, job, tell, limit_s):
+def cold(fresh, job, tell, limit_s, rows=1):
     """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
 
     Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its. On a GPU
-    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up.
+    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up. What a call waited
+    for others that timed kernels does not count. `rows`: how many rows are compiled at the same time, and share the machine.
     """
     known, began = searches.begin(job), []
     alone = not job.recipe.searches or job.device == "cpu"
@@ -114,10 +118,12 @@ def cold(fresh, job, tell, limit_s):
 
     first_job = job if alone else replace(job, search=claims.LATER)
     first = fresh.call(first_call, first_job, on_phase=told, meanwhile=note, limit_s=limit_s)
-    before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
+    own = first["first_call_s"] - first.get("waited_s", 0.0) if first["graphs"]["compiled"] else 0.0
+    before, shared = known["spent_s"], 0.0
     if first.get("left"):
         keep = lambda seconds: searches.keep(job, before + own + seconds)
-        shared = _search_together(fresh, job, first["processes"], first["left"], tell, keep, limit_s)
+        processes = min(first["processes"], max(1, claims.MOST // rows))
+        shared = _search_together(fresh, job, processes, first["left"], tell, keep, limit_s)
     seconds = before if known["finished"] else before + own + shared
     if own or shared:
         searches.keep(job, seconds, finished=True)
@@ -129,10 +135,10 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
     """Let so many `processes` search the `left` kernels of a job that has been compiled; returns their seconds, added up.
 
     `keep(seconds)` is called now and then with those so far. A process that fails leaves its kernel unsearched, and the next
-    first call searches it.
+    first call searches it. Raises RowFailed when all fail.
     """
-    claims.begin(job.cache)
-    spent = lambda: claims.seconds(job.cache)
+    claims.begin(job.claims)
+    spent = lambda: claims.seconds(job.claims)
     workers = [fresh.take() for _ in range(processes)]
     search = lambda worker: worker.call(first_call, replace(job, search=claims.SHARED), limit_s=limit_s)
     with ThreadPoolExecutor(processes) as pool:
@@ -145,6 +151,9 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
             keep(sum(spent()))
             for worker in workers:
                 worker.stop()
+    failures = [call.exception() for call in calls]
+    if all(failures):
+        raise failures[0]
     return sum(spent())
 
 
