@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def write_whole(path, data):
     Raises UserError when the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

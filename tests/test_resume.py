@@ -3,6 +3,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from made_up import row as made_up_row
 from made_up import until_killed
 
 from sdopt import results
-from sdopt.bench import peers, process, studies, walk
+from sdopt.bench import peers, process, searches, studies, walk
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import NOT_TIMED, Ledger, alone
 from sdopt.bench.row import Recipe
@@ -144,6 +145,8 @@ def compile_beside(state, tell, job):
     """A first call that ends when the other row's has begun, and fails or lasts where a file says so."""
     folder, others = job.cache.parent, {"one": "two", "two": "one"}
     noted(folder, f"cold {job.recipe.id}")
+    if (folder / f"{job.recipe.id} is refused").exists():
+        raise UserError("bad weights")
     while f"cold {others[job.recipe.id]}" not in (folder / "log.txt").read_text() or (folder / "stuck").exists():
         time.sleep(0.02)
     if (folder / f"{job.recipe.id} fails").exists():
@@ -159,8 +162,8 @@ def side_by_side(out):
         patch.setattr(walk, "first_call", compile_beside)
         try:
             return peers._compile_side_by_side(ledger, jobs, fresh, lambda done, text: None, 60), ledger
-        except KeyboardInterrupt:
-            return "interrupted", ledger
+        except (KeyboardInterrupt, UserError) as end:
+            return end, ledger
 
 
 def test_rows_that_search_compile_side_by_side(tmp_path):
@@ -179,6 +182,24 @@ def test_a_row_that_cannot_compile_leaves_the_one_beside_it_alone(tmp_path):
     assert ledger.row("one")["first_calls"]["cold_s"] == 70.0
 
 
+def test_what_is_refused_ends_the_other_row_at_once(tmp_path):
+    (tmp_path / "stuck").touch()
+    (tmp_path / "two is refused").touch()
+    end, ledger = side_by_side(tmp_path)
+    assert isinstance(end, UserError) and str(end) == "bad weights" and not ledger.result["rows"]
+
+
+def test_finds_are_laid_out_for_two_rows_at_once(tmp_path):
+    jobs = [walk.job_of(recipe, SHARED, Judge(SHARED), "cpu", tmp_path / "cache") for recipe in SEARCHING[:2]]
+    for n in range(400):
+        results.write_whole(tmp_path / "cache" / "inductor" / "ab" / f"k{n}.best_config", b'{"found_by_coordesc": true}')
+    searches.keep(jobs[0], 1.0)
+    shutil.rmtree(tmp_path / "cache" / "inductor")
+    with ThreadPoolExecutor(2) as pool:
+        assert [known["spent_s"] for known in pool.map(searches.begin, jobs)] == [1.0, 0.0]
+    assert len(list((tmp_path / "cache" / "inductor" / "ab").iterdir())) == 400
+
+
 def test_interrupted_rows_stop_at_once_and_have_not_failed(tmp_path):
     (tmp_path / "stuck").touch()
     began = lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text().count("cold") == 2
@@ -189,8 +210,8 @@ def test_interrupted_rows_stop_at_once_and_have_not_failed(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    compiled, ledger = side_by_side(tmp_path)
-    assert compiled == "interrupted"
+    end, ledger = side_by_side(tmp_path)
+    assert isinstance(end, KeyboardInterrupt)
     assert not any(ledger.row(i).get("status", NOT_TIMED) != NOT_TIMED for i in ("one", "two"))
 
 

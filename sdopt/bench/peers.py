@@ -1,7 +1,7 @@
 """A peer study: every row in a process that stays, a picture each in turn, in another order each round."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from sdopt.bench import process, sensors
@@ -76,7 +76,8 @@ def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
         return {}
     with ThreadPoolExecutor(len(jobs)) as pool:
         try:
-            return dict(zip(beside, pool.map(compiled, jobs), strict=True))
+            calls = {pool.submit(compiled, job): job.recipe.id for job in jobs}
+            return {calls[call]: call.result() for call in as_completed(calls)}
         except BaseException:
             fresh.stop()
             raise

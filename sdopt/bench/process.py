@@ -158,8 +158,10 @@ class Fresh:
         self._taking, self.stopped = threading.Lock(), False
 
     def take(self):
-        """A worker that has done nothing yet."""
+        """A worker that has done nothing yet. Raises RowFailed when all are to end."""
         with self._taking:
+            if self.stopped:
+                raise RowFailed("stopped")
             worker, self._next = self._next or Worker(self._ctx), None
             self._taken.append(worker)
         return worker
@@ -172,7 +174,8 @@ class Fresh:
 
     def stop(self):
         """End all workers that were taken, in whichever thread they are called; `stopped` says that it was so."""
-        self.stopped = True
+        with self._taking:
+            self.stopped = True
         for worker in self._taken:
             worker.stop()
 
