@@ -170,7 +170,7 @@ def _drawings(path):
             "": partial(pathfigures.path_figure, path, pictures),
             "-stages": partial(timefigures.stages_figure, path, pictures),
         }
-        if result["settings"]["weights"] != "random" and figures.baseline(result["rows"]):
+        if len(pathfigures.sources(path, pictures)) > 1 and figures.baseline(result["rows"]):
             drawings["-before-after"] = partial(pathfigures.before_and_after, path, pictures)
     if any(row.get("unet_kernels") for row in result["rows"]):
         drawings["-kernels"] = partial(timefigures.kernels_figure, path, pictures)

@@ -256,6 +256,21 @@ def test_int8_that_rounded_nothing_is_the_step_before_whatever_the_times_say():
         )
 
 
+def with_kernels(i, seconds, kernels_ms):
+    return made_up_row(i, seconds, unet_kernels=[{"samples": 2, "ms": {"other": kernels_ms}}])
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [((1.0, 1.0), "busy for 30 ms of the UNet's 85, and were for 30 of 51: the GPU waits"), ((2.0, 1.0), "no longer fills")],
+    ids=["as busy", "busier"],
+)
+def test_a_row_whose_kernels_took_no_longer_waited_for_the_cpu(kernels, said):
+    row, before = with_kernels("cfg_cutoff", 0.1, kernels[0]), with_kernels("dpm_20", 0.06, kernels[1])
+    assert said in notes.note(row, before, {"steps": 30}, "cuda")
+    assert "waits" not in notes.note(with_kernels("cfg_cutoff", 0.062, 1.0), before, {"steps": 30}, "cuda")
+
+
 def test_a_step_that_helps_needs_no_note():
     assert notes.note(made_up_row("bf16", 1.0), made_up_row("baseline_fp32", 2.0), {"steps": 12}, "cpu") is None
 

@@ -165,6 +165,12 @@ def test_noise_gets_no_before_and_after_and_loses_the_pictures_of_older_measurem
     assert not list(pictures.iterdir())
 
 
+def test_without_pictures_there_is_no_before_and_after(checkout):
+    for picture in (checkout / "figures" / "data" / "cpu-2-cores" / "pocket-path").iterdir():
+        picture.unlink()
+    assert "cpu-2-cores-pocket-path-before-after.png" not in [path.name for path in report.stale(checkout)]
+
+
 def test_without_a_baseline_there_is_no_before_and_after(tmp_path, checkout):
     part = result()
     part["rows"] = part["rows"][1:3]

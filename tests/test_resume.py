@@ -12,7 +12,7 @@ from made_up import row as made_up_row
 from made_up import until_killed
 
 from sdopt import results
-from sdopt.bench import peers, process, searches, studies, walk
+from sdopt.bench import claims, peers, process, searches, studies, walk
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import NOT_TIMED, Ledger, alone
 from sdopt.bench.row import Recipe
@@ -138,7 +138,7 @@ def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
     assert rows["compile"]["first_calls"] == {"cold_s": 90.0, "compiled": 2, "found": 0, "warm_s": 90.0}
 
 
-SEARCHING = [Recipe(i, i, (), compiled=True, searches=i != "plain") for i in ("one", "two", "plain")]
+SEARCHING = [Recipe(i, i, (), compiled=True, searches=True) for i in ("one", "two")]
 
 
 def compile_beside(state, tell, job):
@@ -151,35 +151,43 @@ def compile_beside(state, tell, job):
         time.sleep(0.02)
     if (folder / f"{job.recipe.id} fails").exists():
         raise MemoryError("CUDA out of memory")
-    return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 0, "processes": 8, "waited_s": 20.0}
+    seconds = {claims.LATER: 90.0, claims.IN_TURN: 20.0}[job.search]
+    return {"prepare_s": 1.0, "first_call_s": seconds, "graphs": {"compiled": 2, "found": 0}, "left": 0, "processes": 8}
 
 
 def side_by_side(out):
-    """What becomes of rows that search, and their ledger."""
-    ledger = Ledger(out / "s.json", HEAD, [recipe.id for recipe in SEARCHING])
+    """What becomes of rows that search: (those that are ready, how it ended), and their ledger."""
+    ledger, workers = Ledger(out / "s.json", HEAD, [recipe.id for recipe in SEARCHING]), {}
     jobs = [replace(walk.job_of(r, SHARED, Judge(SHARED), "cpu", out / "cache"), device="cuda") for r in SEARCHING]
     with pytest.MonkeyPatch.context() as patch, process.Fresh(CPU, ahead=False) as fresh:
         patch.setattr(walk, "first_call", compile_beside)
+        patch.setattr(peers, "first_call", compile_beside)
+        patch.setattr(peers, "settle", settle)
         try:
-            return peers._compile_side_by_side(ledger, jobs, fresh, lambda done, text: None, 60), ledger
+            peers._ready_side_by_side(ledger, jobs, fresh, workers, lambda done, text: None, 60)
+            return sorted(workers), ledger
         except (KeyboardInterrupt, UserError) as end:
             return end, ledger
+        finally:
+            for worker in workers.values():
+                worker.stop()
 
 
-def test_rows_that_search_compile_side_by_side(tmp_path):
-    compiled, ledger = side_by_side(tmp_path)
-    assert compiled == {"one": True, "two": True}, "the third is none that searches"
-    calls = {"cold_s": 70.0, "compiled": 2, "found": 0}  # without the waiting
-    assert ledger.row("one")["first_calls"] == calls | {"beside": ["two"]}
-    assert ledger.row("two")["first_calls"] == calls | {"beside": ["one"]} and not ledger.row("plain")
+def test_rows_that_search_are_made_ready_side_by_side(tmp_path):
+    ready, ledger = side_by_side(tmp_path)
+    assert ready == ["one", "two"]
+    calls = {"cold_s": 90.0, "compiled": 2, "found": 0}
+    for i, other in (("one", "two"), ("two", "one")):
+        row = ledger.row(i)
+        assert row["first_calls"] == calls | {"beside": [other]} and row["first_call_s"] == 20.0
 
 
 def test_a_row_that_cannot_compile_leaves_the_one_beside_it_alone(tmp_path):
     (tmp_path / "two fails").touch()
-    compiled, ledger = side_by_side(tmp_path)
-    assert compiled == {"one": True, "two": False}
+    ready, ledger = side_by_side(tmp_path)
+    assert ready == ["one"]
     assert ledger.row("two")["status"] == "failed: MemoryError: CUDA out of memory"
-    assert ledger.row("one")["first_calls"]["cold_s"] == 70.0
+    assert ledger.row("one")["first_calls"]["cold_s"] == 90.0
 
 
 def test_what_is_refused_ends_the_other_row_at_once(tmp_path):
@@ -190,7 +198,7 @@ def test_what_is_refused_ends_the_other_row_at_once(tmp_path):
 
 
 def test_finds_are_laid_out_for_two_rows_at_once(tmp_path):
-    jobs = [walk.job_of(recipe, SHARED, Judge(SHARED), "cpu", tmp_path / "cache") for recipe in SEARCHING[:2]]
+    jobs = [walk.job_of(recipe, SHARED, Judge(SHARED), "cpu", tmp_path / "cache") for recipe in SEARCHING]
     for n in range(400):
         results.write_whole(tmp_path / "cache" / "inductor" / "ab" / f"k{n}.best_config", b'{"found_by_coordesc": true}')
     searches.keep(jobs[0], 1.0)

@@ -5,7 +5,7 @@ an hour and more, in which the GPU has next to nothing to do. So a row that sear
 LATER, one process compiles everything and leaves that search out. In the second, SHARED, several find it compiled, and each
 searches the kernels that nobody has claimed yet. A claim is an empty file; another, in the end, holds the seconds that its
 kernel took, without the waiting for the GPU. All seconds together are what one process would have taken.
-Rows that search are compiled side by side; whoever times a kernel, of whichever row, has the GPU's lock.
+Rows that search are compiled side by side, and made ready so; whoever times a kernel, of whichever row, has the GPU's lock.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ import torch
 
 from sdopt import results
 
-ALONE, LATER, SHARED = "alone", "later", "shared"
+ALONE, IN_TURN, LATER, SHARED = "alone", "in turn", "later", "shared"
 SECONDS = ".seconds"
 MOST = 8  # processes; each keeps a pipeline on the GPU, and about one core busy
 
@@ -35,9 +35,9 @@ class Search:
 
 @contextmanager
 def applied(how: str, folder: Path | None):
-    """Within, Inductor's searches are left out (LATER), shared (SHARED, by claims in `folder`) or as they are (ALONE).
+    """Within, Inductor's searches are left out (LATER), shared (SHARED, by claims in `folder`) or as they are (IN_TURN, ALONE).
 
-    Gives a `Search`, to be read afterwards.
+    Kernels are timed while no other process does, unless it is ALONE. Gives a `Search`, to be read afterwards.
     """
     seen = Search()
     if how == ALONE:
@@ -77,7 +77,7 @@ def applied(how: str, folder: Path | None):
             return bench(*args, **kwargs)
 
     try:
-        CachingAutotuner._coordinate_descent_tuning = claim if how == SHARED else leave
+        CachingAutotuner._coordinate_descent_tuning = {SHARED: claim, LATER: leave, IN_TURN: search}[how]
         InductorBenchmarker.benchmark_gpu = in_turn
         yield seen
     finally:

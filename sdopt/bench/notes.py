@@ -1,5 +1,6 @@
 """Why a step may not help: the known reason for each step on each kind of device, told only when the numbers ask for one."""
 
+from sdopt import figures
 from sdopt.results import compare
 
 # the settings that rows of a path are about
@@ -60,6 +61,8 @@ def _reason(row, before, settings, device):
     spread = max(r["latency_s"]["p80"] / r["latency_s"]["p20"] for r in (row, before))
     if spread > WIDE:
         return f"but p80 is {spread:.2f} times p20: measure again with nothing else running"
+    if waits := _waits_longer(row, before):
+        return waits
     steps, steps_before = (r["settings"].get("steps", settings["steps"]) for r in (row, before))
     if row["id"] == "dpm_20" and steps < steps_before:
         return "though it takes fewer steps: measure again"
@@ -69,3 +72,16 @@ def _reason(row, before, settings, device):
         "guided": row["settings"].get("cutoff", 1.0),
     }
     return "likely because " + REASONS[row["id"]]["cuda" if str(device).startswith("cuda") else "cpu"].format(**facts)
+
+
+def _waits_longer(row, before):
+    """That a UNet took longer whose kernels did not: launching them was slower in this row's process. None where it is not so."""
+    if not (row.get("unet_kernels") and before.get("unet_kernels")):
+        return None
+    unet, kernels = ([f(r) for r in (row, before)] for f in (lambda r: r["stages_ms"]["unet"], figures.kernels_ms))
+    if unet[0] < WIDE * unet[1] or kernels[0] > WIDE * kernels[1]:
+        return None
+    return (
+        f"though its kernels are busy for {kernels[0]:.0f} ms of the UNet's {unet[0]:.0f}, and were for {kernels[1]:.0f} of "
+        f"{unet[1]:.0f}: the GPU waits for the CPU, which was slower in this row's process: measure again"
+    )

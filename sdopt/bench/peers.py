@@ -2,9 +2,10 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
-from sdopt.bench import process, sensors
+from sdopt.bench import claims, process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import draw_timed, finish, first_call, give_back, settle
@@ -32,13 +33,14 @@ def take_turns(
         todo = [i for i in jobs if not ledger.is_done(i)]
         try:
             with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
-                compiled = _compile_side_by_side(ledger, [jobs[i] for i in todo], fresh, progress, limit_s)
-                todo = [i for i in todo if compiled.get(i, True)]
+                searching = [i for i in todo if jobs[i].recipe.searches and device != "cpu"]
+                _ready_side_by_side(ledger, [jobs[i] for i in searching], fresh, workers, progress, limit_s)
+                todo = [i for i in todo if i not in searching]
                 for n, i in enumerate(todo):
                     tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
                     for ready in list(workers):  # loading takes more memory than drawing
                         _ask(ledger, workers, ready, give_back, limit_s=limit_s)
-                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s, i in compiled)
+                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
             _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
             for i, worker in workers.items():
                 progress(shared["runs"], f"{i}: a last look")
@@ -53,46 +55,38 @@ def take_turns(
     return ledger.result
 
 
-def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
-    """Compile the rows of `jobs` that search, all at once, each for the most part one thread of Python's; {id: whether it could be}.
+def _ready_side_by_side(ledger, jobs, fresh, workers, progress, limit_s):
+    """Make the peers ready that search for their kernels, all at once: a compiler works in one thread for the most part.
 
-    A row that cannot be compiled is recorded with its reason. On a CPU they would take the cores that each other's kernels
-    are timed on: there is none then, and each is compiled when it is its turn.
+    Not on a CPU, where they would take the cores that each other's kernels are timed on.
     """
-    jobs = [job for job in jobs if job.recipe.searches and job.device != "cpu"]
+    if not jobs:
+        return
     beside = [job.recipe.id for job in jobs]
 
-    def compiled(job):
-        row = ledger.begun(job.recipe)
-        try:
-            compile_first(ledger, row, fresh, job, lambda phase: progress(0, f"{job.recipe.id}: {phase}"), limit_s, beside)
-        except process.RowFailed as failure:
-            if not fresh.stopped:
-                ledger.put(row | {"status": f"failed: {failure}"})
-            return False
-        return True
+    def ready(job):
+        tell = lambda phase: progress(0, f"{job.recipe.id}: {phase}")
+        _ready(ledger, job, fresh, workers, tell, limit_s, [i for i in beside if i != job.recipe.id])
 
-    if not jobs:
-        return {}
     with ThreadPoolExecutor(len(jobs)) as pool:
         try:
-            calls = {pool.submit(compiled, job): job.recipe.id for job in jobs}
-            return {calls[call]: call.result() for call in as_completed(calls)}
+            for call in as_completed([pool.submit(ready, job) for job in jobs]):
+                call.result()
         except BaseException:
             fresh.stop()
             raise
 
 
-def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):
-    """Load, compile (unless it is) and warm up one peer, in a worker that stays."""
+def _ready(ledger, job, fresh, workers, tell, limit_s, beside=()):
+    """Load, compile and warm up one peer, in a worker that stays; `beside`: the ids of those that do so at the same time."""
     recipe = job.recipe
     row = ledger.begun(recipe)
     try:
-        if not compiled:
-            compile_first(ledger, row, fresh, job, tell, limit_s)
+        compile_first(ledger, row, fresh, job, tell, limit_s, beside)
         worker = fresh.take()
         try:
-            first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)
+            warm = replace(job, search=claims.IN_TURN) if beside else job
+            first = worker.call(first_call, warm, on_phase=tell, limit_s=limit_s)
             row |= {key: first[key] for key in ("prepare_s", "first_call_s")}
             fresh.start_next()
             worker.call(settle, on_phase=tell, limit_s=limit_s)
@@ -102,7 +96,8 @@ def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):
         workers[recipe.id] = worker
         ledger.put(row)
     except process.RowFailed as failure:
-        ledger.put(row | {"status": f"failed: {failure}"})
+        if not fresh.stopped:  # its own
+            ledger.put(row | {"status": f"failed: {failure}"})
 
 
 def _rounds(ledger, runs, device, workers, progress, limit_s):

@@ -117,8 +117,8 @@ def first_call(state, tell, job):
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
     pipeline to its first picture. What was compiled is exported, but not before its search is done. Where that is for LATER,
-    there are "left", how many kernels it left out, "processes", how many could search them, and "waited_s", the seconds of
-    the first call in which others timed kernels.
+    there are "left", how many kernels it left out, and "processes", how many could search them. What the call waited for others
+    that timed kernels does not count.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
@@ -127,10 +127,10 @@ def first_call(state, tell, job):
     tell(FIRST_CALL + ", which compiles" * drawing.is_compiled(pipe))
     with claims.applied(job.search, job.claims) as search:
         seconds = timing.seconds_of(state["draw"], job.device)
-    first = {"prepare_s": took, "first_call_s": seconds, "graphs": compilation.graphs_so_far()}
+    first = {"prepare_s": took, "first_call_s": seconds - sum(search.waited), "graphs": compilation.graphs_so_far()}
     if job.search == claims.LATER:
-        return first | {"left": len(search.left), "processes": claims.processes(), "waited_s": sum(search.waited)}
-    if job.search == claims.ALONE:
+        return first | {"left": len(search.left), "processes": claims.processes()}
+    if job.search != claims.SHARED:
         tell(KEEPING)
         keep_artifacts(job)
     return first

@@ -91,9 +91,8 @@ def compile_first(ledger, row, fresh, job, tell, limit_s, beside=()):
     first call took stays as it was measured then.
     """
     if job.artifacts and not ("first_calls" in row and job.artifacts.exists()):
-        others = [i for i in beside if i != job.recipe.id]
-        calls = cold(fresh, job, tell, limit_s, rows=1 + len(others))
-        row.setdefault("first_calls", calls | ({"beside": others} if others else {}))
+        calls = cold(fresh, job, tell, limit_s, rows=1 + len(beside))
+        row.setdefault("first_calls", calls | ({"beside": list(beside)} if beside else {}))
         ledger.put(row)
 
 
@@ -101,8 +100,8 @@ def cold(fresh, job, tell, limit_s, rows=1):
     """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
 
     Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its. On a GPU
-    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up. What a call waited
-    for others that timed kernels does not count. `rows`: how many rows are compiled at the same time, and share the machine.
+    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up. `rows`: how many rows
+    are compiled at the same time, and share the machine.
     """
     known, began = searches.begin(job), []
     alone = not job.recipe.searches or job.device == "cpu"
@@ -118,8 +117,7 @@ def cold(fresh, job, tell, limit_s, rows=1):
 
     first_job = job if alone else replace(job, search=claims.LATER)
     first = fresh.call(first_call, first_job, on_phase=told, meanwhile=note, limit_s=limit_s)
-    own = first["first_call_s"] - first.get("waited_s", 0.0) if first["graphs"]["compiled"] else 0.0
-    before, shared = known["spent_s"], 0.0
+    before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
     if first.get("left"):
         keep = lambda seconds: searches.keep(job, before + own + seconds)
         processes = min(first["processes"], max(1, claims.MOST // rows))
