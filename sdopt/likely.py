@@ -46,6 +46,10 @@ def why(step, mine, other, machine) -> str:
     wide = max(row["latency_s"]["p80"] / row["latency_s"]["p20"] for row in (mine.row, mine.before))
     if wide > notes.WIDE:
         return f"but p80 is {wide:.2f} times p20 here: {AGAIN}"
+    if waits := notes.waits_longer(mine.row, mine.before):
+        return f"measured: {waits}: {AGAIN}"
+    if other and (waits := notes.waits_longer(other.row, other.before)):
+        return f"measured there: {waits}"
     if step in LESS_WORK and mine.gain["speedup"] * DIFFERS < 1:
         return f"but less work cannot take longer: {AGAIN}"
     less = other is None or mine.gain["speedup"] < other.gain["speedup"]

@@ -50,6 +50,17 @@ def test_the_reason_is_sought_on_the_machine_that_differs_most():
     assert "1.05x here (within the spread), 1.33x on a, 2.00x on b, 1.11x on c" in said and said.endswith("(there: b)")
 
 
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_a_row_that_waited_for_its_cpu_is_told_before_any_other_reason(where):
+    """Kernels as long as before, and calls that took longer."""
+    calm = rows("cfg_cutoff", 2.0, 1.5)
+    waited = [r | {"unet_kernels": [kernels(2, 20.0)]} for r in rows("cfg_cutoff", 1.0, 1.6)]
+    here, there = (waited, calm) if where == "here" else (calm, waited)
+    (said,) = taken("cfg_cutoff", *here, *there, machine=A100)
+    told = {"here": "Measured: its kernels", "there": "Measured there: its kernels"}[where]
+    assert f"{told} are busy for 600 ms of the UNet's 1360, and were for 600 of 850: the GPU waits for the CPU" in said
+
+
 def test_half_precision_without_a_unit():
     assert "1.1 times as fast in bfloat16 as in float32 here; likely no unit" in why("bf16", (4.0, 4.0), (4.0, 1.0), CPU)
     told = why("bf16", (4.0, 3.0), (4.0, 1.0), P100)

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -144,13 +145,18 @@ SEARCHING = [Recipe(i, i, (), compiled=True, searches=True) for i in ("one", "tw
 def compile_beside(state, tell, job):
     """A first call that ends when the other row's has begun, and fails or lasts where a file says so."""
     folder, others = job.cache.parent, {"one": "two", "two": "one"}
-    noted(folder, f"cold {job.recipe.id}")
+    state["id"] = job.recipe.id
+    noted(folder, f"{job.search} {job.recipe.id}")
+    if job.recipe.id not in others:
+        return {"prepare_s": 1.0, "first_call_s": 5.0, "graphs": {"compiled": 0, "found": 0}}
     if (folder / f"{job.recipe.id} is refused").exists():
         raise UserError("bad weights")
-    while f"cold {others[job.recipe.id]}" not in (folder / "log.txt").read_text() or (folder / "stuck").exists():
+    while f"{claims.LATER} {others[job.recipe.id]}" not in (folder / "log.txt").read_text() or (folder / "stuck").exists():
         time.sleep(0.02)
     if (folder / f"{job.recipe.id} fails").exists():
         raise MemoryError("CUDA out of memory")
+    if job.search != claims.LATER:
+        results.write_whole(job.artifacts, b"")
     seconds = {claims.LATER: 90.0, claims.IN_TURN: 20.0}[job.search]
     return {"prepare_s": 1.0, "first_call_s": seconds, "graphs": {"compiled": 2, "found": 0}, "left": 0, "processes": 8}
 
@@ -190,6 +196,38 @@ def test_a_row_that_cannot_compile_leaves_the_one_beside_it_alone(tmp_path):
     assert ledger.row("one")["first_calls"]["cold_s"] == 90.0
 
 
+def beside_until_killed(state, tell, out, writes):
+    return until_killed(lambda: peers_with_searches(out), writes)
+
+
+def peers_with_searches(out):
+    """A peer study of a made-up GPU, on which two rows search and one does not."""
+    rows = [Recipe("plain", "plain", ()), *SEARCHING]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in (("first_call", compile_beside), ("settle", settle), ("draw_timed", draw_timed)):
+            patch.setattr(peers, name, function)
+        for name, function in (("give_back", give_back), ("finish", finish), ("head", lambda *_: HEAD)):
+            patch.setattr(peers, name, function)
+        patch.setattr(walk, "first_call", compile_beside)
+        patch.setattr(process, "context", lambda device: CPU)
+        patch.setattr(peers.sensors, "watch", lambda device, seen: nullcontext())
+        return peers.take_turns(SHARED, rows, "cuda", out, study="s")
+
+
+def test_peers_of_which_some_search_are_killed_and_go_on(tmp_path):
+    for writes in (1, 3, 2):
+        with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
+            worker.call(beside_until_killed, tmp_path, writes)
+    rows = peers_with_searches(tmp_path)["rows"]
+    assert [row["id"] for row in rows] == ["plain", "one", "two"] and {row["status"] for row in rows} == {"ok"}
+    assert [len(row["latency_s"]["runs"]) for row in rows] == [2, 2, 2]
+    for row, other in ((rows[1], "two"), (rows[2], "one")):
+        assert row["first_calls"]["warm_s"] == 20.0 and row["first_calls"]["cold_s"] >= 90.0
+        assert row["first_calls"]["beside"] == [other]
+    log = (tmp_path / "log.txt").read_text().split("\n")
+    assert log.count("alone plain") >= 1 and not [line for line in log if line.startswith((claims.IN_TURN, "later")) and "plain" in line]
+
+
 def test_what_is_refused_ends_the_other_row_at_once(tmp_path):
     (tmp_path / "stuck").touch()
     (tmp_path / "two is refused").touch()
@@ -210,7 +248,7 @@ def test_finds_are_laid_out_for_two_rows_at_once(tmp_path):
 
 def test_interrupted_rows_stop_at_once_and_have_not_failed(tmp_path):
     (tmp_path / "stuck").touch()
-    began = lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text().count("cold") == 2
+    began = lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text().count(claims.LATER) == 2
 
     def interrupt():
         while not began():

@@ -61,8 +61,8 @@ def _reason(row, before, settings, device):
     spread = max(r["latency_s"]["p80"] / r["latency_s"]["p20"] for r in (row, before))
     if spread > WIDE:
         return f"but p80 is {spread:.2f} times p20: measure again with nothing else running"
-    if waits := _waits_longer(row, before):
-        return waits
+    if waits := waits_longer(row, before):
+        return f"though {waits}: measure again"
     steps, steps_before = (r["settings"].get("steps", settings["steps"]) for r in (row, before))
     if row["id"] == "dpm_20" and steps < steps_before:
         return "though it takes fewer steps: measure again"
@@ -74,14 +74,17 @@ def _reason(row, before, settings, device):
     return "likely because " + REASONS[row["id"]]["cuda" if str(device).startswith("cuda") else "cpu"].format(**facts)
 
 
-def _waits_longer(row, before):
-    """That a UNet took longer whose kernels did not: launching them was slower in this row's process. None where it is not so."""
+def waits_longer(row, before) -> str | None:
+    """That a UNet took longer whose kernels did not: launching them was slower in this row's process. None where it is not so.
+
+    Introduced in notebooks/10_the_whole_path.
+    """
     if not (row.get("unet_kernels") and before.get("unet_kernels")):
         return None
     unet, kernels = ([f(r) for r in (row, before)] for f in (lambda r: r["stages_ms"]["unet"], figures.kernels_ms))
     if unet[0] < WIDE * unet[1] or kernels[0] > WIDE * kernels[1]:
         return None
     return (
-        f"though its kernels are busy for {kernels[0]:.0f} ms of the UNet's {unet[0]:.0f}, and were for {kernels[1]:.0f} of "
-        f"{unet[1]:.0f}: the GPU waits for the CPU, which was slower in this row's process: measure again"
+        f"its kernels are busy for {kernels[0]:.0f} ms of the UNet's {unet[0]:.0f}, and were for {kernels[1]:.0f} of "
+        f"{unet[1]:.0f}: the GPU waits for the CPU, which was slower in this row's process"
     )
