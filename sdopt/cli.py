@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -184,13 +185,14 @@ def _progress(total, unit):
     """Within, a function `progress(done, text)` that shows a bar from its first call on."""
     from tqdm import tqdm
 
-    bars = []
+    bars, one_at_a_time = [], threading.Lock()  # rows that compile side by side have each a thread
 
     def progress(done, text):
-        if not bars:  # not before the first news, so that bad weights are answered by one line and no bar
-            bars.append(tqdm(total=total, unit=unit, bar_format="{desc:44} {bar} {n}/{total} [{elapsed}]"))
-        bars[0].n = done
-        bars[0].set_description_str(text)
+        with one_at_a_time:
+            if not bars:  # not before the first news, so that bad weights are answered by one line and no bar
+                bars.append(tqdm(total=total, unit=unit, bar_format="{desc:44} {bar} {n}/{total} [{elapsed}]"))
+            bars[0].n = done
+            bars[0].set_description_str(text)
 
     try:
         yield progress

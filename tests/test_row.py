@@ -89,7 +89,7 @@ def test_a_damaged_cache_is_named_with_its_mend(tmp_path, left, monkeypatch):
         row.prepare(one, lambda phase: None)
 
 
-@pytest.mark.parametrize("search", [claims.ALONE, claims.IN_TURN, claims.LATER, claims.SHARED])
+@pytest.mark.parametrize("search", [claims.ALONE, claims.LATER, claims.SHARED])
 def test_what_was_compiled_is_exported_once_its_search_is_done(search, tmp_path, monkeypatch):
     exported = []
     monkeypatch.setattr(row, "prepare", lambda job, tell: (tell("preparing"), (SimpleNamespace(), {}))[1])
@@ -99,7 +99,7 @@ def test_what_was_compiled_is_exported_once_its_search_is_done(search, tmp_path,
     monkeypatch.setattr(claims, "processes", lambda: 3)
     one = replace(job(("compile",), tmp_path), cache=tmp_path, search=search, device="cpu")
     first = row.first_call({}, lambda phase: None, one)
-    assert exported == ([one] if search in (claims.ALONE, claims.IN_TURN) else [])
+    assert exported == ([one] if search == claims.ALONE else [])
     assert {key: first[key] for key in ("left", "processes") if key in first} == (
         {"left": 0, "processes": 3} if search == claims.LATER else {}
     )

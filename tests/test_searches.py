@@ -22,6 +22,9 @@ PLAIN = Recipe("compile_reduce_overhead", "no search", (), compiled=True)
 TUNED = {"XBLOCK": 4, "num_warps": 16, "found_by_coordesc": True}
 
 
+OTHER = Recipe("tutorial_recipe", "search", (), compiled=True, searches=True)
+
+
 def job(folder, recipe=SEARCHING, device="cpu"):
     shared = {key: None for key in ("weights", "height", "width", "steps", "guidance_scale", "scheduler")}
     return Job(recipe, model="sd15", device=device, prompts=(), seeds=(), cache=folder / "cache", **shared)
@@ -29,7 +32,7 @@ def job(folder, recipe=SEARCHING, device="cpu"):
 
 def inductor_with(folder, **files):
     for name, content in files.items():
-        path = folder / "cache" / "inductor" / name.replace("__", "/").replace("_config", ".best_config")
+        path = job(folder).inductor / name.replace("__", "/").replace("_config", ".best_config")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -45,7 +48,7 @@ def test_finds_go_from_one_cache_to_another_and_nothing_else_does(tmp_path):
     name = f"sd15{results.SEARCHES}"
     (there / "cache" / name).write_bytes((here / "cache" / name).read_bytes())
     assert searches.begin(job(there)) == {"spent_s": 100.0, "finished": False}
-    inductor = there / "cache" / "inductor"
+    inductor = job(there).inductor
     found = {path.relative_to(inductor).as_posix(): json.loads(path.read_text()) for path in inductor.glob("*/*")}
     assert found == {"ab/kernel.best_config": TUNED, "cache/9f": {"mm": {}}}
     assert searches.begin(job(there, PLAIN)) == searches.NOTHING
@@ -56,12 +59,26 @@ def test_a_cache_keeps_what_it_has_found_itself(tmp_path):
     searches.keep(job(tmp_path), 1.0)
     inductor_with(tmp_path, ab__kernel_config=TUNED | {"XBLOCK": 32})
     searches.begin(job(tmp_path))
-    own = tmp_path / "cache" / "inductor" / "ab" / "kernel.best_config"
+    own = job(tmp_path).inductor / "ab" / "kernel.best_config"
     assert json.loads(own.read_text())["XBLOCK"] == 32
     searches.keep(job(tmp_path), 2.0, finished=True)
     own.unlink()
     assert searches.begin(job(tmp_path)) == {"spent_s": 2.0, "finished": True}
     assert json.loads(own.read_text())["XBLOCK"] == 32, "the newer find has replaced the older"
+
+
+def test_what_two_rows_found_out_about_products_stands_in_one_find(tmp_path):
+    """Inductor has one file of them for a machine, in each row's folder."""
+    one, two = job(tmp_path), job(tmp_path, OTHER)
+    for row, times in ((one, {"mm": {"a": {"fast": 1}, "b": {"fast": 2}}}), (two, {"mm": {"a": {"slow": 3}}, "conv": {}})):
+        results.write_whole(row.inductor / "cache" / "9f", json.dumps(times).encode())
+        searches.keep(row, 1.0)
+    both = {"mm": {"a": {"fast": 1, "slow": 3}, "b": {"fast": 2}}, "conv": {}}
+    third = job(tmp_path / "there")
+    name = f"sd15{results.SEARCHES}"
+    results.write_whole(third.cache / name, (one.cache / name).read_bytes())
+    searches.begin(third)
+    assert json.loads((third.inductor / "cache" / "9f").read_text()) == both
 
 
 def test_a_row_without_a_search_leaves_no_seconds_behind(tmp_path):
@@ -88,6 +105,22 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match="is damaged: delete it") as refusal:
         searches.begin(job(tmp_path))
     assert "\n" not in str(refusal.value)
+
+
+def find_all(state, tell, job):
+    """A first call that finds every graph, but takes its time."""
+    tell("first call, which compiles")
+    time.sleep(1.0)
+    return {"first_call_s": 90.0, "graphs": {"compiled": 0, "found": 2}, "left": 0, "processes": 2}
+
+
+def test_a_search_that_is_finished_stays_so_while_its_row_is_called_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", find_all)
+    monkeypatch.setattr(process, "LOOK_S", 0.05)
+    searches.keep(job(tmp_path), 300.0, finished=True)
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh:
+        first = walk.cold(fresh, job(tmp_path, device="cuda"), lambda phase: None, 60.0)
+    assert first["cold_s"] == 300.0 and searches.begin(job(tmp_path)) == {"spent_s": 300.0, "finished": True}
 
 
 def compile_for_long(state, tell, job):
@@ -130,7 +163,7 @@ AS_IT_WAS = SimpleNamespace(config="8 warps")
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     """Inductor's tuners of six kernels: a search times three candidates, for 50 ms each, and says which kernel it was."""
-    from torch._inductor.runtime.benchmarking import InductorBenchmarker, benchmarker
+    from torch._inductor.runtime.benchmarking import benchmarker
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     def search(tuner, launcher):
@@ -139,7 +172,7 @@ def kernels(tmp_path, monkeypatch):
         return f"{launcher}, searched"
 
     monkeypatch.setattr(CachingAutotuner, "_coordinate_descent_tuning", search)
-    monkeypatch.setattr(InductorBenchmarker, "benchmark_gpu", lambda benchmarker, candidate: time.sleep(0.05))
+    monkeypatch.setattr(type(benchmarker), "benchmark_gpu", lambda benchmarker, candidate: time.sleep(0.05))
     tuners = [CachingAutotuner.__new__(CachingAutotuner) for _ in range(6)]
     for n, tuner in enumerate(tuners):
         tuner.filename, tuner.autotune_time_taken_ns, tuner.kept = f"/somewhere/c{n}.py", 5, []
@@ -175,16 +208,13 @@ def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, 
                 assert not waiting.done(), "of whichever row it is"
             assert waiting.result() == "it, searched"
     assert len(claims.seconds(folder)) == 2 and sum(seen.waited) > 0.4
-    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(folder)), "without the waiting"
+    assert all(0.15 <= seconds < 0.5 for seconds in claims.seconds(folder)), "without the waiting"
 
 
-@pytest.mark.parametrize("how", [claims.LATER, claims.IN_TURN])
-def test_what_a_compilation_waits_for_others_is_known(kernels, how, tmp_path):
+def test_what_a_compilation_waits_for_others_is_known(kernels, tmp_path):
     from torch._inductor.runtime.benchmarking import benchmarker
 
-    with claims.applied(how, tmp_path / "claims" / "row") as seen, ThreadPoolExecutor(1) as pool:
-        searched = kernels[0]._coordinate_descent_tuning(AS_IT_WAS)
-        assert searched == (AS_IT_WAS if how == claims.LATER else f"{AS_IT_WAS}, searched")
+    with claims.applied(claims.LATER, tmp_path / "claims" / "row") as seen, ThreadPoolExecutor(1) as pool:
         with somebody_times(tmp_path):
             waiting = pool.submit(benchmarker.benchmark_gpu, "candidate of a product")
             time.sleep(0.5)
@@ -200,7 +230,7 @@ def search_for_long(state, tell, job):
         return {"first_call_s": 90.0, "graphs": {"compiled": 2, "found": 0}, "left": 4, "processes": 2}
     assert job.search == claims.SHARED
     for kernel in range(4):
-        mark = job.cache / "claims" / job.recipe.id / f"c{kernel}"
+        mark = job.claims / f"c{kernel}"
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
@@ -250,13 +280,41 @@ def test_a_search_of_which_no_process_is_left_is_not_done(tmp_path, monkeypatch)
     assert not searches.begin(job(tmp_path))["finished"]
 
 
+def one_is_stuck(state, tell, job):
+    """The first of two processes that search is done, the other never is."""
+    if job.search != claims.SHARED:
+        return search_for_long(state, tell, job)
+    try:
+        (job.claims / "c0").touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(60)
+    results.write_whole((job.claims / "c0").with_suffix(claims.SECONDS), b"100.0")
+    return {}
+
+
+def test_a_search_that_is_ended_from_elsewhere_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "first_call", one_is_stuck)
+    monkeypatch.setattr(process, "LOOK_S", 0.5)
+    with process.Fresh(process.context("cpu"), ahead=False) as fresh, ThreadPoolExecutor(1) as pool:
+        tell = lambda phase: told.append(phase)
+        told, call = [], pool.submit(lambda: walk.cold(fresh, job(tmp_path, device="cuda"), tell, 60.0))
+        while not any("1 of 4" in phase for phase in told):
+            time.sleep(0.05)
+        fresh.stop()
+        with pytest.raises(process.RowFailed):
+            call.result()
+        with pytest.raises(process.RowFailed, match="stopped"):
+            fresh.take()
+    kept = searches.begin(job(tmp_path))
+    assert not kept["finished"] and kept["spent_s"] == 190
+
+
 def test_rows_that_compile_side_by_side_share_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(walk, "first_call", search_for_long)
     monkeypatch.setattr(process, "LOOK_S", 0.5)
-    monkeypatch.setattr(claims, "MOST", 2)
     told = []
     with process.Fresh(process.context("cpu"), ahead=False) as fresh:
-        first = walk.cold(fresh, job(tmp_path, device="cuda"), told.append, 60.0, rows=2)
+        first = walk.cold(fresh, job(tmp_path, device="cuda"), told.append, 60.0, beside=[job(tmp_path, OTHER)])
     assert first["shared_s"] == 400.0 and any(phase.startswith("1 processes search") for phase in told)
 
 
@@ -298,7 +356,7 @@ model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.SiLU(), torch.nn
 options = compilation.mode_options("max-autotune") | compilation.SEARCH
 with torch.no_grad(), claims.applied(sys.argv[1], Path(sys.argv[2])) as search:
     torch.compile(model, options=options)(torch.randn(4096, 512, device="cuda").bfloat16())
-print(len(search.left), counters["inductor"]["coordesc_tuning_bench"])
+print(sys.argv[1], len(search.waited), len(search.left), counters["inductor"]["coordesc_tuning_bench"])
 """
 
 
@@ -313,7 +371,9 @@ def searching(folder, how):
 def counted(searcher):
     said, _ = searcher.communicate(timeout=300)
     assert searcher.returncode == 0
-    return tuple(int(word) for word in said.split()[-2:])
+    how, waited, left, timed = said.split()[-4:]
+    assert how == claims.ALONE or int(waited) >= int(timed), "whatever is timed has the lock"
+    return int(left), int(timed)
 
 
 @pytest.mark.gpu

@@ -5,12 +5,13 @@ an hour and more, in which the GPU has next to nothing to do. So a row that sear
 LATER, one process compiles everything and leaves that search out. In the second, SHARED, several find it compiled, and each
 searches the kernels that nobody has claimed yet. A claim is an empty file; another, in the end, holds the seconds that its
 kernel took, without the waiting for the GPU. All seconds together are what one process would have taken.
-Rows that search are compiled side by side, and made ready so; whoever times a kernel, of whichever row, has the GPU's lock.
+Rows of a peer study that search are compiled side by side: whoever times a kernel by Inductor, of whichever row, has the GPU's lock.
 """
 
 import fcntl
 import os
 import shutil
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +21,9 @@ import torch
 
 from sdopt import results
 
-ALONE, IN_TURN, LATER, SHARED = "alone", "in turn", "later", "shared"
+ALONE, LATER, SHARED = "alone", "later", "shared"
 SECONDS = ".seconds"
-MOST = 8  # processes; each keeps a pipeline on the GPU, and about one core busy
+MOST = 8  # processes, of all rows together; each keeps a pipeline on the GPU, and about one core busy
 
 
 @dataclass
@@ -35,20 +36,20 @@ class Search:
 
 @contextmanager
 def applied(how: str, folder: Path | None):
-    """Within, Inductor's searches are left out (LATER), shared (SHARED, by claims in `folder`) or as they are (IN_TURN, ALONE).
+    """Within, Inductor's searches are left out (LATER), shared (SHARED, by claims in `folder`) or as they are (ALONE).
 
-    Kernels are timed while no other process does, unless it is ALONE. Gives a `Search`, to be read afterwards.
+    Inductor times kernels while no other process does, unless it is ALONE. Gives a `Search`, to be read afterwards.
     """
     seen = Search()
     if how == ALONE:
         yield seen
         return
-    from torch._inductor.runtime.benchmarking import InductorBenchmarker
+    from torch._inductor.runtime import benchmarking
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # which imports Triton
 
-    search, bench = CachingAutotuner._coordinate_descent_tuning, InductorBenchmarker.benchmark_gpu
-    lock = folder.parent / "gpu.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    benchmarker = type(benchmarking.benchmarker)
+    search, bench = CachingAutotuner._coordinate_descent_tuning, benchmarker.benchmark_gpu
+    in_turn = _in_turn(bench, folder.parent / "gpu.lock", seen.waited)
 
     def leave(tuner, launcher, *args, **kwargs):
         if _name(tuner) not in seen.left and tuner.save_cache_hook:
@@ -69,19 +70,32 @@ def applied(how: str, folder: Path | None):
         results.write_whole(mark.with_suffix(SECONDS), str(seconds).encode())
         return found
 
-    def in_turn(*args, **kwargs):
-        asked = time.monotonic()
-        with open(lock, "a") as gpu:
-            fcntl.flock(gpu, fcntl.LOCK_EX)
-            seen.waited.append(time.monotonic() - asked)
-            return bench(*args, **kwargs)
-
     try:
-        CachingAutotuner._coordinate_descent_tuning = {SHARED: claim, LATER: leave, IN_TURN: search}[how]
-        InductorBenchmarker.benchmark_gpu = in_turn
+        CachingAutotuner._coordinate_descent_tuning = claim if how == SHARED else leave
+        benchmarker.benchmark_gpu = in_turn
         yield seen
     finally:
-        CachingAutotuner._coordinate_descent_tuning, InductorBenchmarker.benchmark_gpu = search, bench
+        CachingAutotuner._coordinate_descent_tuning, benchmarker.benchmark_gpu = search, bench
+
+
+def _in_turn(bench, lock, waited):
+    """`bench`, called while no other process holds the file `lock`; the seconds until then are added to `waited`."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    here, within = threading.RLock(), []
+
+    def in_turn(*args, **kwargs):
+        asked = time.monotonic()
+        with here, open(lock, "a") as gpu:
+            if not within:  # what is timed may time parts of it
+                fcntl.flock(gpu, fcntl.LOCK_EX)
+            waited.append(time.monotonic() - asked)
+            within.append(bench)
+            try:
+                return bench(*args, **kwargs)
+            finally:
+                within.pop()
+
+    return in_turn
 
 
 def begin(folder: Path) -> None:
@@ -96,9 +110,9 @@ def seconds(folder: Path) -> list[float]:
 
 
 def processes() -> int:
-    """How many processes like this one, which has drawn with its pipeline on a GPU, could search there at once.
+    """How many processes like this one, which has drawn with its pipeline on a GPU, could search there at once, for all rows.
 
-    Its own memory will be free then: that is for what the others need beside their tensors.
+    Its own memory will be free then: that is for what they need beside their tensors.
     """
     free, _ = torch.cuda.mem_get_info()
     room = free // max(torch.cuda.max_memory_reserved(), 1)

@@ -58,7 +58,7 @@ class Ledger:
     def put(self, *rows, **more):
         """Write `rows`, each in the place of the row of its id, and `more` beside the rows."""
         with self._putting:
-            by_id = {row["id"]: row for row in (*self.result["rows"], *rows)}
+            by_id = {row["id"]: dict(row) for row in (*self.result["rows"], *rows)}  # which their owners go on changing
             placed = sorted(by_id.values(), key=lambda row: self.order.index(row["id"]))
             self.result |= more | {"rows": placed}
             results.write(self.path, self.result)

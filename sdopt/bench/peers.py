@@ -2,14 +2,13 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 
-from sdopt.bench import claims, process, sensors
+from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.row import draw_timed, finish, first_call, give_back, settle
-from sdopt.bench.walk import LIMIT_S, compile_first, job_of, timed
+from sdopt.bench.walk import LIMIT_S, compile_first, is_to_compile, job_of, timed
 from sdopt.timing import latency
 
 
@@ -33,14 +32,13 @@ def take_turns(
         todo = [i for i in jobs if not ledger.is_done(i)]
         try:
             with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
-                searching = [i for i in todo if jobs[i].recipe.searches and device != "cpu"]
-                _ready_side_by_side(ledger, [jobs[i] for i in searching], fresh, workers, progress, limit_s)
-                todo = [i for i in todo if i not in searching]
+                compiled = _compile_side_by_side(ledger, [jobs[i] for i in todo], fresh, progress, limit_s)
+                todo = [i for i in todo if compiled.get(i, True)]
                 for n, i in enumerate(todo):
                     tell = lambda phase: progress(0, f"{n + 1}/{len(todo)} {i}: {phase}")
                     for ready in list(workers):  # loading takes more memory than drawing
                         _ask(ledger, workers, ready, give_back, limit_s=limit_s)
-                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s)
+                    _ready(ledger, jobs[i], fresh, workers, tell, limit_s, i in compiled)
             _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
             for i, worker in workers.items():
                 progress(shared["runs"], f"{i}: a last look")
@@ -55,38 +53,47 @@ def take_turns(
     return ledger.result
 
 
-def _ready_side_by_side(ledger, jobs, fresh, workers, progress, limit_s):
-    """Make the peers ready that search for their kernels, all at once: a compiler works in one thread for the most part.
+def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
+    """Compile those of `jobs` that search, all at once: {id: whether it could be}; a row that cannot is recorded.
 
-    Not on a CPU, where they would take the cores that each other's kernels are timed on.
+    A search takes many minutes, for the most part of one thread. What is drawn with later is loaded afterwards, one row after
+    another. On a CPU they would take the cores that each other's kernels are timed on: there each is compiled in its turn.
     """
+    searching = [job for job in jobs if job.recipe.searches and job.device != "cpu"]
+    jobs = [job for job in searching if is_to_compile(ledger.begun(job.recipe), job)]
     if not jobs:
-        return
-    beside = [job.recipe.id for job in jobs]
+        return {}
 
-    def ready(job):
+    def compiled(job):
+        row, beside = ledger.begun(job.recipe), [other for other in jobs if other is not job]
         tell = lambda phase: progress(0, f"{job.recipe.id}: {phase}")
-        _ready(ledger, job, fresh, workers, tell, limit_s, [i for i in beside if i != job.recipe.id])
+        try:
+            compile_first(ledger, row, fresh, job, tell, limit_s * len(jobs), beside)
+        except process.RowFailed as failure:
+            if not fresh.stopped:  # its own
+                ledger.put(row | {"status": f"failed: {failure}"})
+            return False
+        return True
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         try:
-            for call in as_completed([pool.submit(ready, job) for job in jobs]):
-                call.result()
+            calls = {pool.submit(compiled, job): job.recipe.id for job in jobs}
+            return {calls[call]: call.result() for call in as_completed(calls)}
         except BaseException:
             fresh.stop()
             raise
 
 
-def _ready(ledger, job, fresh, workers, tell, limit_s, beside=()):
-    """Load, compile and warm up one peer, in a worker that stays; `beside`: the ids of those that do so at the same time."""
+def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):
+    """Load, compile (unless it is) and warm up one peer, in a worker that stays."""
     recipe = job.recipe
     row = ledger.begun(recipe)
     try:
-        compile_first(ledger, row, fresh, job, tell, limit_s, beside)
+        if not compiled:
+            compile_first(ledger, row, fresh, job, tell, limit_s)
         worker = fresh.take()
         try:
-            warm = replace(job, search=claims.IN_TURN) if beside else job
-            first = worker.call(first_call, warm, on_phase=tell, limit_s=limit_s)
+            first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)
             row |= {key: first[key] for key in ("prepare_s", "first_call_s")}
             fresh.start_next()
             worker.call(settle, on_phase=tell, limit_s=limit_s)
@@ -96,8 +103,7 @@ def _ready(ledger, job, fresh, workers, tell, limit_s, beside=()):
         workers[recipe.id] = worker
         ledger.put(row)
     except process.RowFailed as failure:
-        if not fresh.stopped:  # its own
-            ledger.put(row | {"status": f"failed: {failure}"})
+        ledger.put(row | {"status": f"failed: {failure}"})
 
 
 def _rounds(ledger, runs, device, workers, progress, limit_s):

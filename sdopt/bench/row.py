@@ -70,6 +70,13 @@ class Job:
     search: str = claims.ALONE  # how the compiler searches
 
     @property
+    def inductor(self):
+        """The folder of Inductor's cache; of a row that searches its own: Inductor writes what it found out into one file,
+        and two processes would lose each other's.
+        """
+        return self.cache / (f"inductor-{self.recipe.id}" if self.recipe.searches else "inductor") if self.cache else None
+
+    @property
     def claims(self):
         """The folder in which processes that share this row's search claim kernels."""
         return self.cache / "claims" / self.recipe.id if self.cache else None
@@ -93,7 +100,7 @@ def load(job, tell):
     # fastest, at the first call.
     torch.backends.cudnn.benchmark = str(job.device).startswith("cuda")
     if job.cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.cache / "inductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.inductor)
     _load_artifacts(job)
     pipe = models.load(job.model, job.weights, job.device)
     pipe.set_progress_bar_config(disable=True)
@@ -130,7 +137,7 @@ def first_call(state, tell, job):
     first = {"prepare_s": took, "first_call_s": seconds - sum(search.waited), "graphs": compilation.graphs_so_far()}
     if job.search == claims.LATER:
         return first | {"left": len(search.left), "processes": claims.processes()}
-    if job.search != claims.SHARED:
+    if job.search == claims.ALONE:
         tell(KEEPING)
         keep_artifacts(job)
     return first

@@ -17,8 +17,8 @@ from sdopt import results
 from sdopt.errors import UserError
 
 NOTHING = {"spent_s": 0.0, "finished": False}
-# In Inductor's cache: tile sizes by kernel, and times of kernels by product and convolution.
 ONE_AT_A_TIME = threading.Lock()  # rows of one study may compile side by side, and their finds are in one file
+# In Inductor's cache: tile sizes by kernel, and times of kernels by product and convolution.
 FINDS = re.compile(r"\w+/\w+\.best_config|cache/\w+")
 
 
@@ -29,7 +29,7 @@ def begin(job) -> dict:
     """
     kept = _read(job)
     for name, find in kept["finds"].items():
-        if FINDS.fullmatch(name) and not (target := job.cache / "inductor" / name).exists():
+        if FINDS.fullmatch(name) and not (target := job.inductor / name).exists():
             results.write_whole(target, json.dumps(find).encode())
     return kept["rows"].get(job.recipe.id, NOTHING)
 
@@ -41,7 +41,7 @@ def keep(job, spent_s: float, finished: bool = False) -> None:
     """
     with ONE_AT_A_TIME:
         kept = _read(job)
-        kept["finds"] |= _finds(job.cache / "inductor")
+        kept["finds"] = _merged(kept["finds"], _finds(job.inductor))
         kept["rows"][job.recipe.id] = {"spent_s": spent_s, "finished": finished}
         if finished and not job.recipe.searches:
             del kept["rows"][job.recipe.id]
@@ -60,6 +60,12 @@ def _read(job):
         return json.loads(lzma.decompress(path.read_bytes()))
     except (lzma.LZMAError, EOFError, ValueError) as error:
         raise UserError(f"{path} is damaged: delete it, and what it held is searched for anew") from error
+
+
+def _merged(old, new):
+    """`new` over `old`, dict by dict: times that either row took of products stand in one find."""
+    both = isinstance(old, dict) and isinstance(new, dict)
+    return {key: _merged(old.get(key, {}), new.get(key, old.get(key))) for key in old | new} if both else new
 
 
 def _finds(inductor):

@@ -85,26 +85,36 @@ def job_of(recipe, shared, judge, device, cache=None):
 def compile_first(ledger, row, fresh, job, tell, limit_s, beside=()):
     """Give `row`, if it compiles, its "first_calls", and see that the next call of its job finds everything compiled.
 
-    `beside`: the ids of rows that are compiled at the same time, which is said where the first call is new.
-
+    `beside`: the jobs that are compiled at the same time, whose ids are said where the first call is new.
     Where neither the cache nor its export has come along, on another machine that is, it is compiled once more; what the
     first call took stays as it was measured then.
     """
-    if job.artifacts and not ("first_calls" in row and job.artifacts.exists()):
-        calls = cold(fresh, job, tell, limit_s, rows=1 + len(beside))
-        row.setdefault("first_calls", calls | ({"beside": list(beside)} if beside else {}))
+    if is_to_compile(row, job):
+        calls = cold(fresh, job, tell, limit_s, beside)
+        others = [other.recipe.id for other in beside]
+        row.setdefault("first_calls", calls | ({"beside": others} if others else {}))
         ledger.put(row)
 
 
-def cold(fresh, job, tell, limit_s, rows=1):
+def is_to_compile(row, job):
+    """Whether a row compiles, and has not yet or not here."""
+    return job.artifacts is not None and not ("first_calls" in row and job.artifacts.exists())
+
+
+def cold(fresh, job, tell, limit_s, beside=()):
     """The first call in a process of its own: {"cold_s", "compiled", "found"}; cold_s None when nothing was compiled.
 
     Where an earlier call had been stopped, or its searches were put into the folder, "before_s" of cold_s are its. On a GPU
-    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up. `rows`: how many rows
-    are compiled at the same time, and share the machine.
+    a search is shared by several processes (bench/claims.py): "shared_s" of cold_s are theirs, added up. `beside`: the jobs
+    that are compiled at the same time, and share the machine.
     """
     known, began = searches.begin(job), []
-    alone = not job.recipe.searches or job.device == "cpu"
+    how = claims.LATER if job.recipe.searches and job.device != "cpu" else claims.ALONE
+
+    def keep(seconds, finished=False):
+        if known["finished"]:  # what is found once more took its seconds then
+            seconds, finished = known["spent_s"], True
+        searches.keep(job, seconds, finished)
 
     def told(phase):
         if phase.startswith(FIRST_CALL):
@@ -113,18 +123,17 @@ def cold(fresh, job, tell, limit_s, rows=1):
 
     def note():
         if began:
-            searches.keep(job, known["spent_s"] + time.monotonic() - began[0])
+            keep(known["spent_s"] + time.monotonic() - began[0])
 
-    first_job = job if alone else replace(job, search=claims.LATER)
-    first = fresh.call(first_call, first_job, on_phase=told, meanwhile=note, limit_s=limit_s)
+    first = fresh.call(first_call, replace(job, search=how), on_phase=told, meanwhile=note, limit_s=limit_s)
     before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
     if first.get("left"):
-        keep = lambda seconds: searches.keep(job, before + own + seconds)
-        processes = min(first["processes"], max(1, claims.MOST // rows))
-        shared = _search_together(fresh, job, processes, first["left"], tell, keep, limit_s)
+        processes = max(1, first["processes"] // (1 + len(beside)))
+        so_far = lambda seconds: keep(before + own + seconds)
+        shared = _search_together(fresh, job, processes, first["left"], tell, so_far, limit_s)
     seconds = before if known["finished"] else before + own + shared
     if own or shared:
-        searches.keep(job, seconds, finished=True)
+        keep(seconds, finished=True)
     parts = {"before_s": before, "shared_s": 0.0 if known["finished"] else shared}
     return {"cold_s": seconds or None} | first["graphs"] | {name: s for name, s in parts.items() if s}
 
@@ -133,7 +142,7 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
     """Let so many `processes` search the `left` kernels of a job that has been compiled; returns their seconds, added up.
 
     `keep(seconds)` is called now and then with those so far. A process that fails leaves its kernel unsearched, and the next
-    first call searches it. Raises RowFailed when all fail.
+    first call searches it. Raises RowFailed when all fail, or are ended from elsewhere.
     """
     claims.begin(job.claims)
     spent = lambda: claims.seconds(job.claims)
@@ -150,8 +159,8 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
             for worker in workers:
                 worker.stop()
     failures = [call.exception() for call in calls]
-    if all(failures):
-        raise failures[0]
+    if fresh.stopped or all(failures):
+        raise next(filter(None, failures), process.RowFailed("stopped"))
     return sum(spent())
 
 
