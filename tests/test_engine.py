@@ -606,6 +606,27 @@ def test_whether_a_model_is_offloaded_is_answered_as_diffusers_does():
     assert own(model[0]) is hooks.group_offload_hook(model[0]) is None
 
 
+def test_that_no_model_is_offloaded_is_known_until_one_is(monkeypatch):
+    monkeypatch.setattr(hooks, "_prepared", weakref.WeakSet())
+    model, other = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
+    hooks.put(model)
+    assert getattr(group_offloading, hooks.ASKED)(model) is None
+    apply_group_offloading(other, torch.device("cpu"), offload_type="leaf_level")
+    assert getattr(group_offloading, hooks.ASKED)(other) is hooks._own(other) is not None
+    for _ in range(2):
+        assert getattr(group_offloading, hooks.ASKED)(model) is None
+    model.append(other)  # nobody registers anything: this alone is not seen
+    assert getattr(group_offloading, hooks.ASKED)(model) is None
+    apply_group_offloading(model[0], torch.device("cpu"), offload_type="leaf_level")
+    assert getattr(group_offloading, hooks.ASKED)(model) is hooks._own(model) is not None
+    hooks.take(model)
+    assert hooks.hooks.HookRegistry.register_hook is hooks._register
+    free = torch.nn.Linear(4, 4)
+    assert hooks.group_offload_hook(free) is None
+    apply_group_offloading(free, torch.device("cpu"), offload_type="leaf_level")
+    assert hooks.group_offload_hook(free) is hooks._own(free) is not None, "with nothing prepared nothing is held"
+
+
 def test_diffusers_answers_for_itself_when_no_pipeline_is_prepared(captured, monkeypatch):
     monkeypatch.setattr(hooks, "_prepared", weakref.WeakSet())  # other tests' pipelines may still be there
     pipes = [tiny_sdxl(), tiny_sdxl()]

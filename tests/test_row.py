@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -103,3 +104,14 @@ def test_what_was_compiled_is_exported_once_its_search_is_done(search, tmp_path,
     assert {key: first[key] for key in ("left", "processes") if key in first} == (
         {"left": 0, "processes": 3} if search == claims.LATER else {}
     )
+
+
+def test_what_a_first_call_waited_for_others_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(row, "prepare", lambda job, tell: (tell("preparing"), (SimpleNamespace(), {}))[1])
+    monkeypatch.setattr(row.drawing, "drawer", lambda *_, **__: None)
+    monkeypatch.setattr(row.drawing, "is_compiled", lambda pipe: True)
+    monkeypatch.setattr(row.timing, "seconds_of", lambda draw, device: 7.0)
+    monkeypatch.setattr(claims, "applied", lambda how, folder: nullcontext(claims.Search(waited=[2.0, 0.5])))
+    monkeypatch.setattr(claims, "processes", lambda: 3)
+    one = replace(job(("compile",), tmp_path), search=claims.LATER, device="cpu")
+    assert row.first_call({}, lambda phase: None, one)["first_call_s"] == 4.5

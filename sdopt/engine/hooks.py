@@ -2,23 +2,27 @@
 
 Whether a model is offloaded in groups is known to a registry on one of its modules, `_diffusers_hook`. diffusers looks for it by
 `hasattr`, whose "no" takes a microsecond a module: with SDXL some ten milliseconds a picture, in which the GPU waits. Here the
-modules' own dicts are asked, in the same order, to the same answer; by all pipelines, as long as one is prepared.
+modules' own dicts are asked, in the same order, to the same answer; and a "no" holds until a hook is registered anywhere. By all
+pipelines, as long as one is prepared.
 """
 
 from weakref import WeakSet
 
-from diffusers.hooks import group_offloading
+from diffusers.hooks import group_offloading, hooks
 
 ASKED = "_get_top_level_group_offload_hook"
 _own = getattr(group_offloading, ASKED, None)  # private, and perhaps gone one day
-_prepared = WeakSet()
+_register = hooks.HookRegistry.register_hook
+_prepared, _without = WeakSet(), WeakSet()
 
 
 def put(model):
     """Answer sooner, as long as `model` is prepared; `take` undoes it."""
+    _without.clear()
     _prepared.add(model)
     if _own:
         setattr(group_offloading, ASKED, group_offload_hook)
+        hooks.HookRegistry.register_hook = register_hook
 
 
 def take(model):
@@ -26,10 +30,21 @@ def take(model):
     _prepared.discard(model)
     if _own and not _prepared:
         setattr(group_offloading, ASKED, _own)
+        hooks.HookRegistry.register_hook = _register
+
+
+def register_hook(registry, *args, **kwargs):
+    """`HookRegistry.register_hook`, after which no model is known to be without one."""
+    try:
+        return _register(registry, *args, **kwargs)
+    finally:
+        _without.clear()
 
 
 def group_offload_hook(module):
     """The first hook by which `module`, or one within it, is offloaded in groups, or None."""
+    if module in _without:
+        return None
     left = [module]
     while left:
         part = left.pop()
@@ -42,4 +57,6 @@ def group_offload_hook(module):
                 return hook
         if part._modules:
             left.extend(reversed(part._modules.values()))
+    if _prepared:  # registrations are seen
+        _without.add(module)
     return None
