@@ -5,7 +5,7 @@ an hour and more, in which the GPU has next to nothing to do. So a row that sear
 LATER, one process compiles everything and leaves that search out. In the second, SHARED, several find it compiled, and each
 searches the kernels that nobody has claimed yet. A claim is an empty file; another, in the end, holds the seconds that its
 kernel took, without the waiting for the GPU. All seconds together are what one process would have taken.
-Rows of a peer study that search are compiled side by side: whoever times a kernel by Inductor, of whichever row, has the GPU's lock.
+Rows of a peer study that search are compiled side by side: in whichever row Inductor times a kernel, it has the GPU's lock.
 """
 
 import fcntl

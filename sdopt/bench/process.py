@@ -151,7 +151,7 @@ def _death(exitcode):
 
 
 class Fresh:
-    """Fresh workers, one after another or for several threads; with `ahead`, the next one imports while this one's call is at its last phases."""
+    """Fresh workers, for one thread or several; with `ahead`, the next imports while this one's call is at its last phases."""
 
     def __init__(self, ctx, ahead):
         self._ctx, self._ahead, self._next, self._taken = ctx, ahead, None, []
