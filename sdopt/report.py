@@ -20,6 +20,7 @@ from sdopt import (
     rooflinefigures,
     sentences,
     stagetables,
+    sweepfigures,
     tables,
     timefigures,
 )
@@ -154,7 +155,7 @@ def _drawings(path):
     if tables.is_throughput(result):
         return [path], {}
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
-        return [path], {} if path.stem.endswith("-gate") else {"": partial(frontfigures.front_figure, path)}
+        return [path], {} if path.stem.endswith("-gate") else _of_quality(path, result)
     if tables.is_stages(result):
         return [path], {"": partial(rooflinefigures.roofline_figure, path)}
     if tables.is_break_even(result):
@@ -175,6 +176,12 @@ def _drawings(path):
     if any(row.get("unet_kernels") for row in result["rows"]):
         drawings["-kernels"] = partial(timefigures.kernels_figure, path, pictures)
     return pathfigures.sources(path, pictures), drawings
+
+
+def _of_quality(path, result):
+    sweeps = {"schedulers": sweepfigures.schedulers_figure, "guidance": sweepfigures.guidance_figure}
+    swept = {f"-{family}": partial(draw, path) for family, draw in sweeps.items() if sweepfigures.rows_of(result, family)}
+    return {"": partial(frontfigures.front_figure, path)} | swept
 
 
 def _page(old, page, data):
