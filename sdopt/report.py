@@ -43,7 +43,10 @@ STUDY_BLOCKS = {
 BLOCKS = STUDY_BLOCKS | {"published": tables.published, "kernels": tables.kernels} | cards.BLOCKS
 FIGURE = "figure"  # a block that shows a study's figure
 WHOLE = "study"  # a block with all that is shown of a study
-PAGES = ("README.md", "sdopt/pocket/README.md", "notebooks/04_compile.ipynb", "notebooks/10_the_whole_path.ipynb")
+SWEPT = {"schedulers": sweepfigures.schedulers_figure, "guidance": sweepfigures.guidance_figure}  # of a quality study, as blocks
+KNOWN = (*BLOCKS, FIGURE, WHOLE, *SWEPT)
+NOTEBOOKS = ("04_compile", "08_dpm_20", "09_cfg_cutoff", "10_the_whole_path")
+PAGES = ("README.md", "sdopt/pocket/README.md", *(f"notebooks/{name}.ipynb" for name in NOTEBOOKS))
 
 MEASURED = {
     "path": "a process a row, one after the other",
@@ -179,8 +182,7 @@ def _drawings(path):
 
 
 def _of_quality(path, result):
-    sweeps = {"schedulers": sweepfigures.schedulers_figure, "guidance": sweepfigures.guidance_figure}
-    swept = {f"-{family}": partial(draw, path) for family, draw in sweeps.items() if sweepfigures.rows_of(result, family)}
+    swept = {f"-{family}": partial(draw, path) for family, draw in SWEPT.items() if sweepfigures.rows_of(result, family)}
     return {"": partial(frontfigures.front_figure, path)} | swept
 
 
@@ -207,15 +209,17 @@ def _renewed(words, page, data):
 
 def _block(found, page, data):
     kind, study, _ = found.groups()
-    if kind not in (*BLOCKS, FIGURE, WHOLE):
-        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join((*BLOCKS, FIGURE, WHOLE))}")
+    if kind not in KNOWN:
+        raise UserError(f"a page asks for an unknown block '{kind}': use one of {', '.join(KNOWN)}")
     source, said = data / f"{study}.json", ""
     if kind == WHOLE and source.stem.rpartition("-")[2] not in gridtables.KINDS:
         raise UserError(f"{page} asks for all of {source.stem}, which is none of these: *-{', *-'.join(gridtables.KINDS)}")
     if source.exists():  # what is not measured yet leaves its place empty
-        if kind in (FIGURE, WHOLE):
-            drawn = os.path.relpath(data.parent / f"{study.replace('/', '-')}.png", page.parent)
-            said = (_whole if kind == WHOLE else _figure)(results.read(source), drawn)
+        if kind in (FIGURE, WHOLE, *SWEPT):
+            result, suffix = results.read(source), f"-{kind}" if kind in SWEPT else ""
+            drawn = os.path.relpath(data.parent / f"{study.replace('/', '-')}{suffix}.png", page.parent)
+            if not suffix or sweepfigures.rows_of(result, kind):
+                said = (_whole if kind == WHOLE else _figure)(result, drawn)
         else:
             said = BLOCKS[kind]((results.read if kind in STUDY_BLOCKS else results.read_json)(source)) + "\n"
     return f"{OPENING}{kind} {study} -->\n{said}<!-- /sdopt -->"

@@ -14,7 +14,6 @@ PANELS = (
     ("frechet", 1, "Frechet distance to renders"),
 )
 WIDE = 10  # between a panel's largest and smallest number: beyond it, its axis is logarithmic
-FAMILIES = ("schedulers", "guidance")
 
 
 def schedulers_figure(result_path, target):
@@ -43,7 +42,7 @@ def guidance_figure(result_path, target):
 
 
 def rows_of(result, family):
-    """The measured rows of a sweep, one of FAMILIES."""
+    """The measured rows of a sweep, "schedulers" or "guidance"."""
     return [row for row in result["rows"] if row["status"] == "ok" and row["family"] == family]
 
 

@@ -63,3 +63,15 @@ def test_a_report_draws_the_sweeps_that_were_measured(tmp_path):
     ):
         results.write(file, result(pictures=2560) | {"study": "pocket-quality", "rows": rows})
         assert list(report._drawings(file)[1]) == suffixes
+
+
+def test_a_page_shows_a_sweep_where_it_was_measured(tmp_path):
+    folder = tmp_path / "figures" / "data" / "some-gpu"
+    page = tmp_path / "README.md"
+    page.write_text("".join(f"<!-- sdopt {kind} some-gpu/pocket-quality -->\n<!-- /sdopt -->\n" for kind in report.SWEPT))
+    folder.mkdir(parents=True)
+    assert report.stale(tmp_path) == [], "nothing is measured yet"
+    results.write(folder / "pocket-quality.json", result(pictures=2560) | {"study": "pocket-quality", "rows": [row("cutoff_1", 0.9)]})
+    written = [path.name for path in report.renew(tmp_path)]
+    assert written == ["some-gpu-pocket-quality.png", "some-gpu-pocket-quality-guidance.png", "README.md"]
+    assert "](figures/some-gpu-pocket-quality-guidance.png)" in page.read_text() and "-schedulers.png" not in page.read_text()
