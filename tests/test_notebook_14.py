@@ -29,7 +29,7 @@ def test_14_drift_orders_by_change_and_not_by_harm(kept):
     assert seen["sure"] == ["3 steps"], "nothing else clearly loses objects, not even what drifts most"
     assert seen["reference"]["value"] == 1
     for way in ("one pixel", "tiny VAE"):  # drift without loss, after the latents
-        assert rows[way]["psnr"] < rows["fp32"]["psnr"] - 5 and rows[way]["cosine"] == pytest.approx(1)
+        assert rows[way]["psnr"] < rows["fp32"]["psnr"] - 2 and rows[way]["cosine"] == pytest.approx(1)
         assert rows[way]["objects"]["value"] == 0
     assert rows["another seed"]["cosine"] < 0.9 < rows["3 steps"]["cosine"] < rows["fp32"]["cosine"]
 
@@ -57,6 +57,7 @@ def test_14_few_pictures_are_too_far_from_their_own_kind(kept):
     scaled = [n * distance for n, (distance, _) in curve.items()]
     assert max(scaled) < 2.5 * min(scaled), "about as 1/n"
     assert all(0.5 * distance < bias < 2 * distance for distance, bias in curve.values()), "the estimate's size is right"
+    assert kept(NAME)["shuffled"]["before"] < curve[12][0], "the renders of the same prompts are nearer than random ones"
 
 
 def test_14_the_oracle_reads_through_grain(kept):

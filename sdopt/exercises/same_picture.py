@@ -18,13 +18,17 @@ def _psnr(answer):
     given = answer(images.clone(), reference.clone())
     if not isinstance(given, torch.Tensor) or given.shape != (4,):
         return f"return a tensor [4], one number a picture, not {_shape(given)}"
-    right = [10 * np.log10(255**2 / np.mean(np.square(a - b))) for a, b in zip(*(x.double().numpy() for x in (images[:3], reference[:3])))]
+    squared = (images[:3].double() - reference[:3].double()).square().mean((1, 2, 3))
+    right = 10 * torch.log10(255**2 / squared)
     if not torch.isposinf(given[3]):
         return f"the last picture is its reference: infinite, and yours is {given[3]:g}"
-    off = (given[:3].double() - torch.tensor(right)).abs()
+    off = (given[:3].double() - right).abs()
     if not off.max() < 1e-3:
         worst = int(off.nan_to_num(torch.inf).argmax())
-        return f"picture {worst} is at {right[worst]:.3f} dB, yours says {given[worst]:.3f}: uint8 minus uint8 wraps around, and the peak is 255"
+        return (
+            f"picture {worst} is at {right[worst]:.3f} dB, yours says {given[worst]:.3f}: uint8 minus uint8 wraps around, "
+            "and the peak is 255"
+        )
     return None
 
 
@@ -54,13 +58,15 @@ def _interval(answer):
         hint = "too wide: does each resample draw the same prompts for both ways?"
     elif high - low < 0.85 * width:
         hint = "too narrow: are whole prompts drawn, and cut at 2.5 % and 97.5 %?"
-    return f"{low:+.3f} to {high:+.3f}, and it should be near {expected['low']:+.3f} to {expected['high']:+.3f}; {hint}"
+    near = f"{expected['low']:+.3f} to {expected['high']:+.3f}"
+    return f"{low:+.3f} to {high:+.3f}, and it should be near {near}; {hint}"
 
 
 def _unbiased(answer):
     return number(
-        answer, 1.599, 1.601, "with d the distance and b the bias at 50: d + b = 3.0, and halves have twice the bias: d + 2 b = 4.4"
-    )
+        answer, 1.599, 1.601,
+        "with d the distance and b the bias at 50: d + b = 3.0, and halves have twice the bias: d + 2 b = 4.4",
+    )  # fmt: skip
 
 
 EXERCISES = {"14.1": _psnr, "14.2": _interval, "14.3": _unbiased}
