@@ -142,6 +142,7 @@ def pictures(pipe, task, **call_kwargs):
 
     pictures: uint8 [batch, 3, H, W] on the pipeline's device, rounded as a pipeline does for PIL; latents: what the VAE
     decoded, float32 [batch, 4, h, w]. `call_kwargs` as in `drawer`. Raises ArithmeticError as `all_finite` does.
+    Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     draw = drawer(pipe, task, **call_kwargs)
     for run in range(len(task.prompts)):

@@ -35,7 +35,7 @@ def difference(right, other, of, resamples=1000, seed=0):
 
     `right` and `other` are counts out of `of`, a number a prompt each. A prompt is resampled with both of its counts, so
     that what the prompts have in common cancels. Where no prompt differs, the exact binomial bound on how many might
-    stands on both sides. Shares, from -1 to 1.
+    stands on both sides. Shares, from -1 to 1. Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     gained, of = _counted(np.subtract(right, other, dtype=np.float64), of)
     if not len(of):
@@ -48,7 +48,10 @@ def difference(right, other, of, resamples=1000, seed=0):
 
 
 def mean(values, resamples=1000, seed=0):
-    """The mean of one number a prompt, with the interval that other prompts would move it in: as `share` has it."""
+    """The mean of one number a prompt, with the interval that other prompts would move it in: as `share` has it.
+
+    Introduced in notebooks/14_is_it_still_the_same_picture.
+    """
     values, ones = _counted(values, np.ones(len(values)))
     return _interval(values, ones, *_bounds(values, ones, resamples, seed)) if len(ones) else dict(NOTHING)
 

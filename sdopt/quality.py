@@ -32,7 +32,10 @@ def drift(images, reference):
 
 
 def psnr_db(images, reference):
-    """The PSNR of every picture of uint8 [N, 3, H, W] against that of `reference`: float32 [N], in dB, inf where equal."""
+    """The PSNR of every picture of uint8 [N, 3, H, W] against that of `reference`: float32 [N], in dB, inf where equal.
+
+    Introduced in notebooks/14_is_it_still_the_same_picture.
+    """
     over = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
     pairs = zip(images.split(PIECE), reference.split(PIECE), strict=True)
     return torch.cat([peak_signal_noise_ratio(a.float(), b.float(), **over).reshape(-1) for a, b in pairs])
@@ -46,7 +49,7 @@ def paired(images, latents, reference, reference_latents):
     CEILING_DB, so that equal pictures have a number, too; `ssim` is up to 1; `p99`: 99 % of the picture's values are no
     further off than this, in levels of 0 to 255; `latent_cosine` is up to 1. Pictures smaller than SSIM's window, 11
     pixels, and other shapes are refused with a UserError.
-    Source: Wang et al. 2004 (SSIM), as torchmetrics has it.
+    Source: Wang et al. 2004 (SSIM), as torchmetrics has it. Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     if images.shape != reference.shape or min(images.shape[-2:]) < 11:
         raise UserError(
@@ -81,6 +84,7 @@ def agreements(scenes, images):
     """The oracle's reading of every picture held against what its prompt asked for: a list of `scenes.Agreement`.
 
     `scenes`: (text, scene) a picture; `images`: PIL images or uint8 [N, 3, H, W], in the same order.
+    Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     readings = load_oracle().read(images)
     return [scene.compare(r, text) for (text, scene), r in zip(scenes, readings, strict=True)]
@@ -113,7 +117,7 @@ def frechet(features, real, resamples=200, seed=0):
     distances of the same N only, or take the bias off. `low` and `high` say how far the value moves with other prompts
     (95 %, prompts resampled, the renders as they are; resampling has a bias of its own, which is taken off).
     Raises UserError for fewer than 4 prompts. Source: Heusel et al., https://arxiv.org/abs/1706.08500; the bias: Chong and
-    Forsyth, https://arxiv.org/abs/1911.07023.
+    Forsyth, https://arxiv.org/abs/1911.07023. Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     features, real = features.double(), real.double()
     n = len(features)

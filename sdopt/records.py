@@ -18,6 +18,7 @@ def of(agreements, drift=None):
     `agreements`: what the oracle read, one `scenes.Agreement` a prompt; `drift`: what `quality.paired` returned, None where
     pictures start from other noise. {"objects_right", "objects_of", "relations_right", "relations_of"} and, of a drift,
     DRIFT's. Only what this rounds to is counted from here on, so that anyone can count again.
+    Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     record = {}
     for fact in FACTS:
@@ -34,6 +35,7 @@ def quality(record, reference=None, frechet=None):
     {"objects", "relations", "prompts_all_right", "psnr_db", "ssim", "p99", "latent_cosine", "frechet", "change"}, each
     {"value", "low", "high", "n"} with a 95 % interval over prompts (see `intervals`); a drift that was not measured is
     None. `change`: how much larger the three shares are than the reference's, paired by prompt; None for the reference.
+    Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     counts = _counts(record)
     seen = {fact: intervals.ratio(*counted) for fact, counted in counts.items()}
