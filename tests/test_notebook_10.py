@@ -47,20 +47,26 @@ def gains(ladder):
     return found | {yours.ALL: ladder[0][1] / ladder[-1][1]}
 
 
+def ladder_of(file):
+    """What is recorded of the nine steps in a path's file: the rows beside them are of no ladder."""
+    return [(row["id"], row["latency_s"]["median"]) for row in results.read(file)["rows"] if row["id"] in path.NUMBERS]
+
+
 def test_10_the_whole_path_sets_yours_beside_ours(kept):
     seen = kept("10_the_whole_path")
-    rows = results.read(ROOT / "figures" / "data" / "cpu-2-cores" / "pocket-path.json")["rows"]
-    here, there = gains(seen["ladder"]), gains([(row["id"], row["latency_s"]["median"]) for row in rows])
+    files = (ROOT / "figures" / "data").glob("*/pocket-path.json")
+    here, there = gains(seen["ladder"]), {file.parent.name: gains(ladder_of(file)) for file in files}
     assert [step for step, _ in seen["ladder"]][-2:] == ["cfg_cutoff", "compile"] and len(here) == len(seen["ids"])
-    assert [line["step"] for line in seen["beside"]] == list(there)
+    assert [line["step"] for line in seen["beside"]] == list(there["cpu-2-cores"])
     for line in seen["beside"]:
-        assert line["recorded"] == {"cpu-2-cores": pytest.approx(there[line["step"]])}
+        assert line["recorded"] == pytest.approx({name: gained[line["step"]] for name, gained in there.items()})
         if line["step"] == "int8":
             assert line["here"] is None and line["reads"] == {}
             continue
         assert line["here"] == pytest.approx(here[line["step"]])
-        more, reads = line["here"] / there[line["step"]], line["reads"]["cpu-2-cores"]
-        assert {"like": True, "more": more > yours.DIFFERS, "less": more < 1 / yours.DIFFERS}[reads]
+        for name, gained in there.items():
+            more, reads = line["here"] / gained[line["step"]], line["reads"][name]
+            assert {"like": True, "more": more > yours.DIFFERS, "less": more < 1 / yours.DIFFERS}[reads]
     assert here[yours.ALL] == pytest.approx(seen["speedup"])
 
 
