@@ -3,6 +3,8 @@
 Each against its cost in two panels: how many prompts are all right, and how far the pictures are from renders.
 """
 
+from operator import itemgetter
+
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
@@ -49,11 +51,11 @@ def rows_of(result, family):
 def _draw(result, result_path, target, series, words, cost, scale="linear"):
     """A line a series, {name: [(cost, label, row)]}, in each of PANELS, beside the baseline and its interval."""
     figure = figures.Plot(figsize=(12, 5.2))
-    base = next((row for row in result["rows"] if row["id"] == levels.REFERENCE and row["status"] == "ok"), None)
+    base = figures.baseline(result["rows"])
     for axes, (measure, times, said) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         _band(axes, base and base["quality"][measure], times)
         for colour, points in zip(SERIES, series.values(), strict=False):
-            seen = [(x, label, found) for x, label, row in sorted(points, key=_by_cost) if (found := row["quality"][measure])]
+            seen = [(x, label, found) for x, label, row in sorted(points, key=itemgetter(0)) if (found := row["quality"][measure])]
             x, y = [x for x, *_ in seen], [times * found["value"] for *_, found in seen]
             spread = [[times * abs(found[end] - found["value"]) for *_, found in seen] for end in ("low", "high")]
             axes.errorbar(x, y, yerr=spread, fmt="o-", color=colour, markersize=4, capsize=2, linewidth=1.1, alpha=0.9)
@@ -78,10 +80,6 @@ def _draw(result, result_path, target, series, words, cost, scale="linear"):
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=9)
     figures.title(figure, words, result)
     figures.save(figure, target, [result_path])
-
-
-def _by_cost(point):
-    return point[0]
 
 
 def _band(axes, found, times):

@@ -620,7 +620,7 @@ def test_that_no_model_is_offloaded_is_known_until_one_is(monkeypatch):
     apply_group_offloading(model[0], torch.device("cpu"), offload_type="leaf_level")
     assert getattr(group_offloading, hooks.ASKED)(model) is hooks._own(model) is not None
     hooks.take(model)
-    assert hooks.hooks.HookRegistry.register_hook is hooks._register
+    assert hooks.HookRegistry.register_hook is hooks._register
     free = torch.nn.Linear(4, 4)
     assert hooks.group_offload_hook(free) is None
     apply_group_offloading(free, torch.device("cpu"), offload_type="leaf_level")

@@ -208,7 +208,7 @@ def test_a_shared_search_takes_every_kernel_once_and_waits_for_the_gpu(kernels, 
                 assert not waiting.done(), "of whichever row it is"
             assert waiting.result() == "it, searched"
     assert len(claims.seconds(folder)) == 2 and sum(seen.waited) > 0.4
-    assert all(0.15 <= seconds < 0.5 for seconds in claims.seconds(folder)), "without the waiting"
+    assert all(0.15 <= seconds < 0.45 for seconds in claims.seconds(folder)), "without the waiting"
 
 
 def test_what_a_compilation_waits_for_others_is_known(kernels, tmp_path):

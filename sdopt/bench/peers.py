@@ -54,13 +54,12 @@ def take_turns(
 
 
 def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
-    """Compile those of `jobs` that search, all at once: {id: whether it could be}; a row that cannot is recorded.
+    """Compile those of `jobs` whose search is shared, all at once: {id: whether it could be}; a row that cannot is recorded.
 
     A search takes many minutes, for the most part of one thread. What is drawn with later is loaded afterwards, one row after
-    another. On a CPU they would take the cores that each other's kernels are timed on: there each is compiled in its turn.
+    another.
     """
-    searching = [job for job in jobs if job.recipe.searches and job.device != "cpu"]
-    jobs = [job for job in searching if is_to_compile(ledger.begun(job.recipe), job)]
+    jobs = [job for job in jobs if job.shares_search and is_to_compile(ledger.begun(job.recipe), job)]
     if not jobs:
         return {}
 

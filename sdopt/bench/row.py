@@ -70,6 +70,11 @@ class Job:
     search: str = claims.ALONE  # how the compiler searches
 
     @property
+    def shares_search(self):
+        """Whether several processes share its search: on a CPU they would take the cores that kernels are timed on."""
+        return self.recipe.searches and self.device != "cpu"
+
+    @property
     def inductor(self):
         """The folder of Inductor's cache; of a row that searches its own: Inductor writes what it found out into one file,
         and two processes would lose each other's.

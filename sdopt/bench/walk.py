@@ -109,7 +109,7 @@ def cold(fresh, job, tell, limit_s, beside=()):
     that are compiled at the same time, and share the machine.
     """
     known, began = searches.begin(job), []
-    how = claims.LATER if job.recipe.searches and job.device != "cpu" else claims.ALONE
+    how = claims.LATER if job.shares_search else claims.ALONE
 
     def keep(seconds, finished=False):
         if known["finished"]:  # what is found once more took its seconds then

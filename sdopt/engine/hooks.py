@@ -8,11 +8,11 @@ pipelines, as long as one is prepared.
 
 from weakref import WeakSet
 
-from diffusers.hooks import group_offloading, hooks
+from diffusers.hooks import HookRegistry, group_offloading
 
 ASKED = "_get_top_level_group_offload_hook"
 _own = getattr(group_offloading, ASKED, None)  # private, and perhaps gone one day
-_register = hooks.HookRegistry.register_hook
+_register = HookRegistry.register_hook
 _prepared, _without = WeakSet(), WeakSet()
 
 
@@ -22,7 +22,7 @@ def put(model):
     _prepared.add(model)
     if _own:
         setattr(group_offloading, ASKED, group_offload_hook)
-        hooks.HookRegistry.register_hook = register_hook
+        HookRegistry.register_hook = register_hook
 
 
 def take(model):
@@ -30,7 +30,7 @@ def take(model):
     _prepared.discard(model)
     if _own and not _prepared:
         setattr(group_offloading, ASKED, _own)
-        hooks.HookRegistry.register_hook = _register
+        HookRegistry.register_hook = _register
 
 
 def register_hook(registry, *args, **kwargs):
