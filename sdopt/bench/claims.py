@@ -3,8 +3,9 @@
 By coordinate descent Inductor compiles and times candidate after candidate of kernel after kernel, in one thread: a quarter of
 an hour and more, in which the GPU has next to nothing to do. So a row that searches is compiled in two passes. In the first,
 LATER, one process compiles everything and leaves that search out. In the second, SHARED, several find it compiled, and each
-searches the kernels that nobody has claimed yet. A claim is an empty file; another, in the end, holds the seconds that its
-kernel took, without the waiting for the GPU. All seconds together are what one process would have taken.
+searches the kernels that no search has been through and nobody has claimed yet. A claim is an empty file; another, in the
+end, holds the seconds that its kernel took, without the waiting for the GPU. All seconds together are what one process
+would have taken.
 Rows of a peer study that search are compiled side by side: in whichever row Inductor times a kernel, it has the GPU's lock.
 """
 
@@ -28,7 +29,7 @@ MOST = 8  # processes, of all rows together; each keeps a pipeline on the GPU, a
 
 @dataclass
 class Search:
-    """What a process left out of a search, and how many seconds it waited for others that timed a kernel."""
+    """The finds that a process left out of a search, by path, and the seconds it waited for others that timed a kernel."""
 
     left: set[str] = field(default_factory=set)
     waited: list[float] = field(default_factory=list)
@@ -52,14 +53,17 @@ def applied(how: str, folder: Path | None):
     in_turn = _in_turn(bench, folder.parent / "gpu.lock", seen.waited)
 
     def leave(tuner, launcher, *args, **kwargs):
-        if _name(tuner) not in seen.left and tuner.save_cache_hook:
+        kept, find = _kept(tuner)
+        if kept and find not in seen.left and not _is_known(tuner):
             # PyTorch 2.13 notes the best of the few that it always tries as if it had been searched for: it was not
-            tuner.save_cache_hook(launcher.config, tuner.autotune_time_taken_ns, found_by_coordesc=False)
-        seen.left.add(_name(tuner))
+            kept.save(launcher.config, tuner.autotune_time_taken_ns, found_by_coordesc=False)
+            seen.left.add(find)
         return launcher
 
     def claim(tuner, launcher, *args, **kwargs):
-        mark = folder / _name(tuner)
+        if _is_known(tuner):
+            return launcher
+        mark = folder / Path(tuner.filename).stem
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
@@ -119,5 +123,20 @@ def processes() -> int:
     return max(1, min(MOST, room, (os.cpu_count() or 2) // 2))
 
 
-def _name(tuner):
-    return Path(tuner.filename).stem
+def _kept(tuner):
+    """Inductor's cache of one kernel's find, and the find's path; (None, None) where it keeps none on disk."""
+    kept = getattr(tuner.save_cache_hook, "__self__", None)
+    return (kept, kept.local_cache[1]) if kept and kept.local_cache else (None, None)
+
+
+def _is_known(tuner):
+    """Whether the kernel has been searched before.
+
+    PyTorch 2.11 does not say so of each that was: Triton forgets the mark of a config that went through a pickle. What was
+    noted in this process, after the few that are always tried, is no find either.
+    """
+    kept, _ = _kept(tuner)
+    if kept is None or tuner.autotune_time_taken_ns:
+        return False
+    find = kept._read() or {}
+    return bool(find.get("found_by_coordesc")) and find.get("configs_hash") == kept.configs_hash

@@ -129,8 +129,8 @@ def first_call(state, tell, job):
 
     Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
     pipeline to its first picture. What was compiled is exported, but not before its search is done. Where that is for LATER,
-    there are "left", how many kernels it left out, and "processes", how many could search them. What the call waited for others
-    that timed kernels does not count.
+    there are "left", the paths of the finds it left out, and "processes", how many could search them. What the call waited for
+    others that timed kernels does not count.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
@@ -141,7 +141,7 @@ def first_call(state, tell, job):
         seconds = timing.seconds_of(state["draw"], job.device)
     first = {"prepare_s": took, "first_call_s": seconds - sum(search.waited), "graphs": compilation.graphs_so_far()}
     if job.search == claims.LATER:
-        return first | {"left": len(search.left), "processes": claims.processes()}
+        return first | {"left": sorted(search.left), "processes": claims.processes()}
     if job.search == claims.ALONE:
         tell(KEEPING)
         keep_artifacts(job)

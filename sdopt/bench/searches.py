@@ -18,20 +18,40 @@ from sdopt.errors import UserError
 
 NOTHING = {"spent_s": 0.0, "finished": False}
 ONE_AT_A_TIME = threading.Lock()  # rows of one study may compile side by side, and their finds are in one file
-# In Inductor's cache: tile sizes by kernel, and times of kernels by product and convolution.
-FINDS = re.compile(r"\w+/\w+\.best_config|cache/\w+")
+# In Inductor's cache: times of kernels by product and convolution, and tile sizes by kernel.
+CHOICES, TILES = re.compile(r"cache/\w+"), re.compile(r"\w+/\w+\.best_config")
 
 
 def begin(job) -> dict:
-    """{"spent_s", "finished"} of the row's compilation so far; what its searches found is put where Inductor looks for it.
+    """{"spent_s", "finished"} of the row's compilation so far; what its searches found out about products and convolutions
+    is put where Inductor looks for it.
 
     Raises UserError for a damaged file.
     """
     kept = _read(job)
-    for name, find in kept["finds"].items():
-        if FINDS.fullmatch(name) and not (target := job.inductor / name).exists():
-            results.write_whole(target, json.dumps(find).encode())
+    _put(job, kept, CHOICES, lambda target: not target.exists())
     return kept["rows"].get(job.recipe.id, NOTHING)
+
+
+def go_on(job) -> None:
+    """Put the tile sizes that its searches found where Inductor looks for them, once the row has been compiled.
+
+    Not before: a graph would be kept with the found tiles alone, and PyTorch 2.11 does not know in the next process that they
+    were found. Each warm start would search again, which it does not where the search came after the graph.
+    """
+    _put(job, _read(job), TILES, lambda target: not is_found(target))
+
+
+def is_found(path) -> bool:
+    """Whether a search has found the tile sizes in this file of Inductor's cache."""
+    content = _content(path)
+    return isinstance(content, dict) and bool(content.get("found_by_coordesc"))
+
+
+def _put(job, kept, kind, missing):
+    for name, find in kept["finds"].items():
+        if kind.fullmatch(name) and missing(target := job.inductor / name):
+            results.write_whole(target, json.dumps(find).encode())
 
 
 def keep(job, spent_s: float, finished: bool = False) -> None:
@@ -70,12 +90,14 @@ def _merged(old, new):
 
 def _finds(inductor):
     """The searches' results in Inductor's cache, {name: content}: not what it chose from the few it always tries."""
-    found = {}
-    for path in (*inductor.glob("*/*.best_config"), *inductor.glob("cache/*")):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):  # not a result, or being written in this moment
-            continue
-        if path.parent.name == "cache" or content.get("found_by_coordesc"):
-            found[path.relative_to(inductor).as_posix()] = content
-    return found
+    found = {path: _content(path) for path in inductor.glob("cache/*")}
+    found |= {path: _content(path) for path in inductor.glob("*/*.best_config") if is_found(path)}
+    return {path.relative_to(inductor).as_posix(): content for path, content in found.items() if content is not None}
+
+
+def _content(path):
+    """What a file of Inductor's cache holds, None where it is no result, or being written in this moment."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

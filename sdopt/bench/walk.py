@@ -127,10 +127,13 @@ def cold(fresh, job, tell, limit_s, beside=()):
 
     first = fresh.call(first_call, replace(job, search=how), on_phase=told, meanwhile=note, limit_s=limit_s)
     before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
-    if first.get("left"):
+    if left := first.get("left"):
+        searches.go_on(job)
+        left = [find for find in left if not searches.is_found(Path(find))]
+    if left:
         processes = max(1, first["processes"] // (1 + len(beside)))
         so_far = lambda seconds: keep(before + own + seconds)
-        shared = _search_together(fresh, job, processes, first["left"], tell, so_far, limit_s)
+        shared = _search_together(fresh, job, processes, len(left), tell, so_far, limit_s)
     seconds = before if known["finished"] else before + own + shared
     if own or shared:
         keep(seconds, finished=True)
