@@ -132,8 +132,9 @@ def _kept(tuner):
 def _is_known(tuner):
     """Whether the kernel has been searched before.
 
-    PyTorch 2.11 does not say so of each that was: Triton forgets the mark of a config that went through a pickle. What was
-    noted in this process, after the few that are always tried, is no find either.
+    PyTorch 2.11 does not say so of each that was (https://github.com/pytorch/pytorch/issues/172819), and Triton forgets the mark
+    of a config that went through a pickle (https://github.com/pytorch/pytorch/pull/181292). What was noted in this process,
+    after the few that are always tried, is no find either.
     """
     kept, _ = _kept(tuner)
     if kept is None or tuner.autotune_time_taken_ns:
