@@ -129,9 +129,9 @@ def cold(fresh, job, tell, limit_s, beside=()):
     before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
     if left := first.get("left"):
         searches.go_on(job)
+        # Where all is found already, one process compiles it: the next call finds it as it would after a search.
         left = [find for find in left if not searches.is_found(Path(find))]
-    if left:
-        processes = max(1, first["processes"] // (1 + len(beside)))
+        processes = max(1, first["processes"] // (1 + len(beside))) if left else 1
         so_far = lambda seconds: keep(before + own + seconds)
         shared = _search_together(fresh, job, processes, len(left), tell, so_far, limit_s)
     seconds = before if known["finished"] else before + own + shared
@@ -156,7 +156,8 @@ def _search_together(fresh, job, processes, left, tell, keep, limit_s):
         try:
             while futures.wait(calls, process.LOOK_S / 10).not_done:
                 keep(sum(spent()))
-                tell(f"{processes} processes search, {len(spent())} of {left} kernels done")
+                done = f"{processes} processes search, {len(spent())} of {left} kernels done"
+                tell(done if left else "compiling what was found")
         finally:
             keep(sum(spent()))
             for worker in workers:
