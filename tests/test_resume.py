@@ -237,6 +237,7 @@ def test_finds_are_laid_out_for_two_rows_at_once(tmp_path):
     shutil.rmtree(jobs[0].inductor)
     with ThreadPoolExecutor(2) as pool:
         assert [known["spent_s"] for known in pool.map(searches.begin, jobs)] == [1.0, 0.0]
+        list(pool.map(searches.go_on, jobs))
     assert [len(list((job.inductor / "ab").iterdir())) for job in jobs] == [400, 400]
 
 

@@ -110,11 +110,9 @@ def cold(fresh, job, tell, limit_s, beside=()):
     """
     known, began = searches.begin(job), []
     how = claims.LATER if job.shares_search else claims.ALONE
-
-    def keep(seconds, finished=False):
-        if known["finished"]:  # what is found once more took its seconds then
-            seconds, finished = known["spent_s"], True
-        searches.keep(job, seconds, finished)
+    before, own, shared = known["spent_s"], 0.0, 0.0
+    counted = lambda seconds: 0.0 if known["finished"] else seconds  # what is found once more took its seconds then
+    keep = lambda seconds, finished=False: searches.keep(job, before + counted(seconds), finished or known["finished"])
 
     def told(phase):
         if phase.startswith(FIRST_CALL):
@@ -123,22 +121,22 @@ def cold(fresh, job, tell, limit_s, beside=()):
 
     def note():
         if began:
-            keep(known["spent_s"] + time.monotonic() - began[0])
+            keep(time.monotonic() - began[0])
 
     first = fresh.call(first_call, replace(job, search=how), on_phase=told, meanwhile=note, limit_s=limit_s)
-    before, own, shared = known["spent_s"], first["first_call_s"] if first["graphs"]["compiled"] else 0.0, 0.0
+    if first["graphs"]["compiled"]:
+        own = first["first_call_s"]
     if left := first.get("left"):
         searches.go_on(job)
         # Where all is found already, one process compiles it: the next call finds it as it would after a search.
         left = [find for find in left if not searches.is_found(Path(find))]
         processes = max(1, first["processes"] // (1 + len(beside))) if left else 1
-        so_far = lambda seconds: keep(before + own + seconds)
-        shared = _search_together(fresh, job, processes, len(left), tell, so_far, limit_s)
-    seconds = before if known["finished"] else before + own + shared
+        shared = _search_together(fresh, job, processes, len(left), tell, lambda seconds: keep(own + seconds), limit_s)
     if own or shared:
-        keep(seconds, finished=True)
-    parts = {"before_s": before, "shared_s": 0.0 if known["finished"] else shared}
-    return {"cold_s": seconds or None} | first["graphs"] | {name: s for name, s in parts.items() if s}
+        keep(own + shared, finished=True)
+    parts = {"before_s": before, "shared_s": counted(shared)}
+    cold_s = before + counted(own + shared)
+    return {"cold_s": cold_s or None} | first["graphs"] | {name: s for name, s in parts.items() if s}
 
 
 def _search_together(fresh, job, processes, left, tell, keep, limit_s):
