@@ -157,8 +157,7 @@ def scatter(points, x, y):
     room = 0.1 * (right - min(left, 0) or 1)
     axes.set_xlim(min(left, 0) - 0.2 * room, right + room)
     axes.margins(y=0.15)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_axes(axes)
     if any(point.get("series") for point in points):
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     label(axes, points)
@@ -279,8 +278,7 @@ def logarithmic(axes):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_axes(axes)
     return axes
 
 
@@ -289,3 +287,9 @@ def bare(axes):
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return axes
+
+
+def open_axes(axes, grid="both"):
+    """Take away the frame's top and right, and put a faint grid behind: "both", or "x" or "y" alone."""
+    axes.grid(axis=grid, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -45,8 +45,7 @@ def front_figure(result_path, target):
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("latency, prompt to picture, median (logarithmic)", color=QUIET)
     axes.set_ylabel("prompts of which everything is in the picture, %", color=QUIET)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.open_axes(axes)
     shown = [family for family in FAMILIES if any(row["family"] == family for row in rows)]
     handles = [Line2D([], [], color=FAMILIES[f][0], marker="o", linestyle="", label=FAMILIES[f][1]) for f in shown]
     handles.append(Line2D([], [], color=INK, linewidth=1, label="no row is as fast and better"))

@@ -56,8 +56,7 @@ def batches_figure(result_path, target):
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("pictures a call", color=QUIET)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.open_axes(axes)
     for axes in panels[::2]:
         axes.set_ylim(bottom=0)
     handles = [Line2D([], [], color=WAYS[w][0], marker=WAYS[w][1], markersize=6, label=WAYS[w][2]) for w in ways]

@@ -73,8 +73,7 @@ def _draw(result, result_path, target, series, words, cost, scale="linear"):
             said += " (logarithmic)"
         axes.set_xlabel(cost, color=QUIET)
         axes.set_ylabel(said, color=QUIET)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        figures.open_axes(axes)
     handles = [Line2D([], [], color=c, marker="o", label=name) for c, name in zip(SERIES, series, strict=False)]
     handles += [Line2D([], [], color=INK, linewidth=1, linestyle="--", label="the baseline and its interval")] if base else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=9)
