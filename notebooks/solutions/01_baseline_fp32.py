@@ -32,5 +32,6 @@ MISTAKES = {
         lambda q, k, v: (q @ k.transpose(-1, -2) / q.shape[-1]).softmax(dim=-1) @ v,  # d, not its root
         lambda q, k, v: (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-2) @ v,  # over the queries
         overflowing,
+        torch.nn.functional.scaled_dot_product_attention,
     ],
 }
