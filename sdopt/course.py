@@ -10,6 +10,7 @@ import transformers
 from IPython.display import Markdown, display
 
 from sdopt import figures, models, quality, report, results
+from sdopt.bench import notes
 
 KEPT = "application/vnd.sdopt.kept+json"
 KEEP_IN = "SDOPT_KEEP"  # a folder; where set, kept results are also written there
@@ -75,7 +76,7 @@ def _files(study):
 
 
 def table(rows, others=()):
-    """Show rows measured here, then those of other machines, as one table; speed-ups only within a machine.
+    """Show rows measured here, then those of other machines, as one table; under it, which recorded rows waited for a CPU.
 
     `others`: what `recorded` returns. Introduced in notebooks/01_baseline_fp32.
     """
@@ -92,6 +93,9 @@ def table(rows, others=()):
             f"| {figures.seconds(r['first_call_s'])} | {r['peak_memory_bytes'] / 2**20:,.0f} MiB "
             f"| {figures.decibels(drift) if drift else ''} |"
         )
+    for (where, before), (there, r) in zip(others, others[1:]):
+        if where == there and (waits := notes.waits_longer(r, before)):
+            lines += ["", f"- recorded: {where}, {r['id']}, beside {before['id']}: {waits}"]
     display(Markdown("\n".join(lines)))
 
 

@@ -50,6 +50,9 @@ def why(step, mine, other, machine) -> str:
         return f"measured: {waits}: {AGAIN}"
     if other and (waits := notes.waits_longer(other.row, other.before)):
         return f"measured there: {waits}"
+    for taken, where in ((mine, "here"), (other, "there")):
+        if taken and notes.waits_longer(taken.before, taken.row):
+            return f"measured {where}: {_busy_ms(taken.before)} in the row before it, which waited: part of that gain is its wait"
     if step in LESS_WORK and mine.gain["speedup"] * DIFFERS < 1:
         return f"but less work cannot take longer: {AGAIN}"
     less = other is None or mine.gain["speedup"] < other.gain["speedup"]
@@ -87,6 +90,10 @@ def _busy(here, there=None):
     return told + (f" and {busy(there):.0%} there" if there and busy(there) is not None else "")
 
 
+def _busy_ms(row):
+    return f"kernels are busy for {figures.kernels_ms(row):.0f} ms of the UNet's {row['stages_ms']['unet']:.0f}"
+
+
 def share(row, stage) -> float:
     """The share of a picture's time that a stage takes."""
     return row["stages_ms"][stage] / 1e3 / row["latency_s"]["median"]
@@ -99,6 +106,9 @@ def _launches(mine, other, less):
         return f"measured: {_busy(row)}; likely it waits for launches, which this step makes no fewer"
     if not less and other and busy(row) is not None and not _waits(row) and _waits(other.row):
         return f"measured: {_busy(row, other.row)}; likely launches hide there what the step saves"
+    if not less and other and busy(row) is None and _waits(other.row):
+        told = f"the GPU's kernels are busy for {busy(other.row):.0%} of the UNet's time"
+        return f"measured there: {told}; likely it waits for launches, which this step makes no fewer"
     return None
 
 
@@ -114,7 +124,7 @@ def _bf16(mine, other, machine, less):
     if old:
         slow = f"{_capability(machine)} has no TF32 (from 8.0), so likely the baseline's convolutions are slower here"
         return f"{measured}; {slow}" + (f"; {limit}" if limit else "")
-    return limit or (f"{measured}; likely float32 is the slower here, beside its 16 bits, than there" if faster > FAST else None)
+    return limit or (f"{measured}; likely its float32 is further behind its 16 bits here than there" if faster > FAST else None)
 
 
 def _sdpa(mine, other, machine, less):

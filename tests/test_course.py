@@ -8,6 +8,9 @@ import nbformat
 import pytest
 import torch
 
+from made_up import kernels, row
+
+from sdopt import course
 from sdopt.course import KEPT
 from sdopt.exercises import _all, check
 from sdopt.notebooks import address
@@ -117,3 +120,13 @@ def test_odd_answers_are_told_wrong_in_one_line(name, odd, capsys):
     assert not check(name, odd)
     said = capsys.readouterr().out
     assert said.startswith(f"{name}: ") and said.count("\n") == 1 and len(said) < 320
+
+
+def test_a_recorded_row_that_waited_for_its_cpu_says_so_under_the_table(monkeypatch):
+    shown = []
+    monkeypatch.setattr(course, "display", lambda page: shown.append(page.data))
+    before, waited = (row(i, s, unet_kernels=[kernels(2, 20.0)]) for i, s in (("dpm_20", 1.0), ("cfg_cutoff", 1.6)))
+    course.table([], [("a", before), ("a", waited)])
+    course.table([], [("a", before), ("b", waited)])
+    assert "- recorded: a, cfg_cutoff, beside dpm_20: its kernels are busy for 600 ms of the UNet's 1360" in shown[0]
+    assert "busy" not in shown[1], "of another machine"

@@ -67,6 +67,18 @@ def test_half_precision_without_a_unit():
     assert "float16" in told and "compute capability 6.0 has no tensor cores (from 7.0), likely no unit" in told
 
 
+def test_a_gain_over_a_row_that_waited_is_partly_its_wait():
+    calm = rows("dpm_20", 2.0, 1.5)
+    there = [r | {"unet_kernels": [kernels(2, 20.0)]} for r in rows("dpm_20", 2.0, 0.8)]
+    (said,) = taken("dpm_20", *calm, *there, machine=CPU)
+    assert "Measured there: kernels are busy for 600 ms of the UNet's 1700 in the row before it, which waited" in said
+
+
+def test_a_reader_without_a_gpu_is_told_where_the_recorded_one_waits():
+    said = why("bf16", (4.0, 1.0), (4.0, 3.0, at_work(0.1, 3.0)), CPU)
+    assert "Measured there: the GPU's kernels are busy for 10% of the UNet's time; likely it waits for launches" in said
+
+
 def test_half_precision_with_a_unit_that_launches_keep_waiting():
     told = why("bf16", (4.0, 3.0, at_work(0.4, 3.0)), (4.0, 1.0, at_work(1.0, 1.0)), A100)
     assert "busy for 40% of the UNet's time here; likely it waits for launches" in told

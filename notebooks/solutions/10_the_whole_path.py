@@ -31,6 +31,21 @@ def against_baseline(rows):
     return [row["id"] for row in rows[1:] if compare(row, rows[0])["clear"]]
 
 
+def by_five_percent(rows):
+    return [row["id"] for before, row in zip(rows, rows[1:]) if compare(row, before)["speedup"] > 1.05]
+
+
+def below(ends):
+    """The row's median, or its p80, below one end of the row before alone."""
+    mine, theirs = ends
+
+    def kept(rows):
+        pairs = ((row["id"], row["latency_s"], before["latency_s"]) for before, row in zip(rows, rows[1:]))
+        return [id for id, own, last in pairs if own[mine] < last[theirs]]
+
+    return kept
+
+
 def product(stages, faster):
     return prod(faster.values())
 
@@ -50,5 +65,8 @@ MISTAKES = {
         "bf16",
     ],
     "10.2": [product, weighted_mean, lambda stages, faster: 2.1, 3],
-    "10.3": [by_median, any_clear, against_baseline, lambda rows: [row["id"] for row in rows]],
+    "10.3": [
+        by_median, any_clear, against_baseline, by_five_percent, below(("median", "p20")), below(("p80", "median")),
+        lambda rows: [row["id"] for row in rows],
+    ],  # fmt: skip
 }
