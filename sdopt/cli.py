@@ -68,7 +68,9 @@ def main(argv=None):
     """Run one command; returns its exit code: 0, 1 when a row failed or a file is stale, 2 for bad input."""
 
     def command():
-        options = parser().parse_args(argv)
+        options, unknown = parser().parse_known_args(argv)
+        if unknown:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see `sdopt {options.command} --help`")
         return options.call(options)
 
     try:
@@ -156,9 +158,9 @@ def _bench(options):
         more = {"retry": options.retry, "limit_s": options.limit} | ({} if study.kind == "path" else {"study": study.name})
         result = measure(shared, rows, device, options.out, progress, known, **more)
     print(report.text(result))
-    print(
-        f"\nwritten: {Path(options.out) / study.name}.json; `sdopt report --add {options.out}` takes it into figures/data"
-    )
+    print(f"\nwritten: {Path(options.out) / study.name}.json")
+    if any(row["status"] == "ok" for row in result["rows"]):
+        print(f"`sdopt report --add {options.out}` takes it into figures/data")
     return _exit_code(result)
 
 

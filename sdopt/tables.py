@@ -148,7 +148,8 @@ def remarks(result):
         groups = {tuple(row.get("beside", ())) for row in rows}
         together = f"the peers took turns, a picture each, in another order in each of {runs} rounds"
         apart = "not all peers took turns with each other: a ratio of two that did not holds two moments of the machine"
-        said.append(together if len(groups) == 1 else apart)
+        if len(rows) > 1:
+            said.append(together if len(groups) == 1 else apart)
     if is_break_even(result):
         said.append(breakeven.RULE)
     for row in rows:

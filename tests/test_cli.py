@@ -54,7 +54,7 @@ def sdopt(*argv, **environment):
         (["--height", 250], "height 250 is not a positive multiple of 8: use 248"),
         (["--width", 0], "width 0 is not a positive multiple of 8: use 8"),
         (["--device", "tpu"], "unknown device 'tpu': use cpu or cuda"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate: see `sdopt run --help`"),
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(capsys, tmp_path, options, said):

@@ -139,6 +139,8 @@ def test_peers_that_did_not_take_turns_with_each_other_are_told():
     for row in told["rows"]:
         row["beside"] = ["eager_fp16"] if row["id"] == "eager_fp16" else ["all the others"]
     assert tables.remarks(told)[0].startswith("not all peers took turns with each other")
+    told["rows"] = told["rows"][:1]
+    assert not any("turns" in said for said in tables.remarks(told)), "there is nobody to take turns with"
 
 
 def test_a_profile_that_was_refused_leaves_the_kernels_untold():

@@ -53,6 +53,11 @@ def geglu(x):
     return value * gelu(gate)
 
 
+def by_pytorch(x):  # right, and two kernels instead of one
+    value, gate = x.chunk(2, -1)
+    return value * silu(gate)
+
+
 def without_the_edge(x, wide=64):  # whole tiles only
     value, gate = x.chunk(2, -1)
     out = torch.zeros_like(value)
@@ -67,5 +72,5 @@ ANSWERS = {"11.1": 160, "11.2": merge, "11.3": swiglu}
 MISTAKES = {
     "11.1": [120, 80, 167.77216, "160"],  # the kernel's own passes; the product's writing alone; MB; a text
     "11.2": [squares_added, mean_of_the_means, by_squares_of_all, lambda a, b: a],
-    "11.3": [gates_first, geglu, without_the_edge, lambda x: x.chunk(2, -1)[0]],
+    "11.3": [gates_first, geglu, without_the_edge, by_pytorch, lambda x: x.chunk(2, -1)[0]],
 }

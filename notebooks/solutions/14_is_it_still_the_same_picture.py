@@ -19,21 +19,28 @@ def of_all(images, reference):
 
 def interval(right, other, of, quantiles=(0.025, 0.975)):
     gained, of = np.subtract(right, other), np.array(of)
-    drawn = np.random.default_rng(0).integers(0, len(of), (2000, len(of)))
+    drawn = np.random.default_rng(0).integers(0, len(of), (5000, len(of)))
     return np.quantile(gained[drawn].sum(1) / of[drawn].sum(1), quantiles)
 
 
 def unpaired(right, other, of):
     right, other, of = map(np.array, (right, other, of))
-    one, two = np.random.default_rng(0).integers(0, len(of), (2, 2000, len(of)))
+    one, two = np.random.default_rng(0).integers(0, len(of), (2, 5000, len(of)))
     shares = right[one].sum(1) / of[one].sum(1) - other[two].sum(1) / of[two].sum(1)
     return np.quantile(shares, (0.025, 0.975))
+
+
+def mean_of_shares(right, other, of):
+    """As if a prompt with one object weighed as much as one with eight."""
+    gained = np.subtract(right, other) / np.array(of)
+    drawn = np.random.default_rng(0).integers(0, len(gained), (5000, len(gained)))
+    return np.quantile(gained[drawn].mean(1), (0.025, 0.975))
 
 
 def of_objects(right, other, of):
     """Every object by itself, as if those of one picture did not stand or fall together."""
     gained = np.concatenate([[(a - b) / n] * n for a, b, n in zip(right, other, of)])
-    drawn = np.random.default_rng(0).integers(0, len(gained), (2000, len(gained)))
+    drawn = np.random.default_rng(0).integers(0, len(gained), (5000, len(gained)))
     return np.quantile(gained[drawn].mean(1), (0.025, 0.975))
 
 
@@ -49,9 +56,10 @@ MISTAKES = {
         30.0,
     ],
     "14.2": [
-        *(unpaired, of_objects),
+        *(unpaired, of_objects, mean_of_shares),
         lambda right, other, of: interval(other, right, of),  # the other way round
         lambda right, other, of: interval(right, other, of, (0.16, 0.84)),  # one standard deviation
+        lambda right, other, of: interval(right, other, of, (0.05, 0.95)),  # a 90 % interval
         lambda right, other, of: interval(right, other, of)[0],
         (-0.1, 0.1),
     ],

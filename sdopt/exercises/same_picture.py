@@ -43,7 +43,8 @@ def _interval(answer):
     of = random.integers(1, 9, 40)
     hard = random.random(40) < 0.5  # a prompt is hard for both ways, and then everything in it is lost
     other = np.where(hard, 0, of)
-    right = np.where(random.random(40) < 0.15, 0, other)
+    lost, gained = random.random(40) < 0.5, random.random(40) < 0.2
+    right = np.where(gained & (of < 4), of, np.where(lost & (of > 4), other // 3, other))  # shares are not means of shares
     given = answer(right.tolist(), other.tolist(), of.tolist())
     try:
         low, high = (float(bound) for bound in given)
@@ -51,13 +52,13 @@ def _interval(answer):
         return f"return two numbers, (low, high), not {_shape(given)}"
     expected = intervals.difference(right, other, of, resamples=20_000)
     off, width = max(abs(low - expected["low"]), abs(high - expected["high"])), expected["high"] - expected["low"]
-    if off < 0.15 * width:
+    if off < 0.07 * width:
         return None
     hint = "give the bounds of the mean itself, in shares: 2.5 % and 97.5 %"
     if high - low > 1.3 * width:
         hint = "too wide: does each resample draw the same prompts for both ways?"
-    elif high - low < 0.85 * width:
-        hint = "too narrow: are whole prompts drawn, and cut at 2.5 % and 97.5 %?"
+    elif high - low < 0.95 * width:
+        hint = "too narrow: are whole prompts drawn, with all their objects, and cut at 2.5 % and 97.5 %?"
     near = f"{expected['low']:+.3f} to {expected['high']:+.3f}"
     return f"{low:+.3f} to {high:+.3f}, and it should be near {near}; {hint}"
 
