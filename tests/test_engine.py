@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from tiny import draw, psnr, tiny_sdxl
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import conv2d, pixel_shuffle
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
@@ -360,6 +361,44 @@ class Halved(AttnProcessor2_0):
 
     def __call__(self, *args, **kwargs):
         return 0.5 * super().__call__(*args, **kwargs)
+
+
+def convolutions(pipe):
+    return [m for part in (pipe.unet, pipe.vae) for m in part.modules() if type(m) is torch.nn.Conv2d]
+
+
+def test_convolutions_that_wrap_around(tiny, captured):
+    engine.prepare(tiny)
+    before, made = small(tiny), len(captured)
+    for conv in convolutions(tiny):
+        conv.padding_mode = "circular"
+    ours = small(tiny)
+    assert len(captured) == 2 * made, "a graph pads as it was captured"
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - before).max() > 1e-3, "it has to matter"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after a picture", "before any"])
+def test_convolutions_that_wrap_around_in_one_direction(tiny, captured, first):
+    """As recipes for pictures that tile do: each has a function of its own, which is all that PyTorch looks at."""
+
+    def wrapped(conv, x, weight, bias):
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        x = pad(pad(x, (left, right, 0, 0), mode="circular"), (0, 0, top, bottom))
+        return conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+
+    plain = small(tiny)
+    engine.prepare(tiny)
+    if first:
+        small(tiny)
+    for conv in convolutions(tiny):
+        conv._conv_forward = MethodType(wrapped, conv)
+    with pytest.warns(UserWarning, match="UNet2DConditionModel eagerly: conv_in has another forward"):
+        ours = small(tiny)
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - plain).max() > 1e-3, "it has to matter"
 
 
 UNKNOWN = {

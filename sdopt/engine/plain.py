@@ -6,6 +6,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from torch import nn
 
 WIDEST = 256  # channels of a head that fused attention kernels take
+REPLACED = {"forward", "_conv_forward"}  # what a module's own dict holds if somebody has put another there
 
 
 def is_stock(*modules, kind=None):
@@ -13,7 +14,7 @@ def is_stock(*modules, kind=None):
     for module in modules:
         if kind and type(module) is not kind:
             return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if module._forward_hooks or module._forward_pre_hooks or REPLACED & vars(module).keys():
             return False
     return True
 

@@ -31,6 +31,8 @@ def fingerprint(module: torch.nn.Module) -> tuple:
             found += _hooks(part)
         if "forward" in own and part is not module:
             found.append(getattr(part.forward, "__func__", part.forward))
+        if "padding_mode" in own:  # of a convolution; one that wraps around makes pictures that tile
+            found.append((own["padding_mode"], "_conv_forward" in own))
         if "processor" in own:
             found.append(type(part.processor))
         if "merged_adapters" in own:  # peft's layers: which LoRAs count, and how much, is Python's to know
@@ -61,7 +63,7 @@ def why_not(module: torch.nn.Module) -> str | None:
             continue
         if _hooks(part):
             return f"{name} has a hook"
-        if "forward" in vars(part) and not fused.is_ours(part):
+        if "_conv_forward" in vars(part) or ("forward" in vars(part) and not fused.is_ours(part)):
             return f"{name} has another forward"
         if hasattr(part, "processor") and type(part.processor) not in PROCESSORS:
             return f"{name} has a processor unknown here, {type(part.processor).__name__}"
