@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import nullcontext
 from types import MethodType
 
 import numpy as np
@@ -428,6 +429,64 @@ def test_unknown_arguments_reach_diffusers(tiny, captured):
     with pytest.warns(UserWarning, match="called with cross_attention_kwargs"):
         ours = small(tiny, cross_attention_kwargs={"scale": 1.0})
     assert_same(ours, small(tiny))
+
+
+def with_lora(pipe):
+    torch.manual_seed(0)
+    layer = LoraConfig(r=4, lora_alpha=64, target_modules=["to_k", "conv1"], init_lora_weights=False)
+    pipe.unet.add_adapter(layer)
+
+
+SWITCHES = {
+    "LoRA off": lambda pipe: pipe.unet.disable_adapters(),
+    "LoRA weaker": lambda pipe: pipe.unet.set_adapters(["default"], [0.3]),
+    "LoRA fused": lambda pipe: (pipe.unet.set_adapters(["default"], [0.3]), pipe.fuse_lora(components=["unet"])),
+    "another LoRA": lambda pipe: pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False), "two"),
+    "FreeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6),
+    "processor": lambda pipe: pipe.unet.set_attn_processor(Halved()),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_what_a_callback_switches_within_a_picture_shows_at_once(captured, switch):
+    def at_first_step(pipe, step, timestep, kwargs):
+        if step == 0:
+            torch.manual_seed(1)
+            switch(pipe)
+        return {}
+
+    call = {"num_inference_steps": 4, "callback_on_step_end": at_first_step}
+    pictures = []
+    for prepared in (False, True):
+        pipe = tiny_sdxl()
+        pipe.set_progress_bar_config(disable=True)
+        with_lora(pipe)
+        if prepared:
+            engine.prepare(pipe)
+        before, made = small(pipe, num_inference_steps=4), len(captured)
+        with pytest.warns(UserWarning, match="switched within a picture") if prepared else nullcontext():
+            pictures.append(small(pipe, **call))
+        assert len(captured) == made, "the rest of the picture runs eagerly: a capture takes longer"
+        assert np.abs(pictures[-1] - before).max() > 1e-3, "it has to matter"
+    assert_same(*pictures)
+
+
+def test_what_is_switched_back_needs_no_other_graph(tiny, captured):
+    def off_and_on(pipe, step, timestep, kwargs):
+        pipe.unet.disable_adapters() if step == 0 else pipe.unet.enable_adapters()
+        return {}
+
+    with_lora(tiny)
+    eager = small(tiny, num_inference_steps=4, callback_on_step_end=off_and_on)
+    engine.prepare(tiny)
+    small(tiny)
+    tiny.unet.set_attn_processor(AttnProcessor2_0())  # as it was, in another object
+    made = len(captured)
+    with pytest.warns(UserWarning, match="switched within a picture") as heard:
+        for _ in range(2):
+            assert_same(small(tiny, num_inference_steps=4, callback_on_step_end=off_and_on), eager)
+    assert len(captured) == made and sum("engine" in str(w.message) for w in heard) == 1
+    assert not tiny.unet.forward.switched()
 
 
 def unet_inputs(residuals=False, batch=1):

@@ -27,7 +27,8 @@ def prepare(
     inpainting, with or without a ControlNet. A size's first picture captures its graphs, in seconds; `keep` graphs of
     each model are kept, the least recently used going first. Pictures agree with the eager pipeline's up to the rounding
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
-    engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
+    engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once. So does the rest of
+    a picture in which a callback switches one of these or a LoRA; other changes to modules show from the next picture on.
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
 
     `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to

@@ -1,5 +1,7 @@
 """What a captured graph depends on beside its inputs, and what cannot be captured."""
 
+from itertools import repeat
+
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 
@@ -8,6 +10,7 @@ from sdopt.engine import fused
 PROCESSORS = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0)
 PLAIN = (torch.nn.Parameter, torch.Tensor)  # a quantised weight is of another class
 FREEU = ("s1", "s2", "b1", "b2")
+IN_PLACE = ("peft_config", "merged_adapters", "scaling")  # lists and dicts that peft writes to
 
 
 def fingerprint(module: torch.nn.Module) -> tuple:
@@ -50,6 +53,25 @@ def _hooks(part):
     return [
         key for key, hook in hooks.items() if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
     ]
+
+
+def watch(module: torch.nn.Module):
+    """A function that tells whether LoRAs, FreeU or attention processors of `module` were switched since.
+
+    Quick enough for every call, unlike `fingerprint`: some 6 microseconds for SDXL, 60 with a LoRA in 700 places.
+    """
+    parts = [vars(part) for part in module.modules()]
+    layers = [own for own in parts if "merged_adapters" in own]  # peft's
+    owners = {"processor": [own for own in parts if "processor" in own], "peft_config": [vars(module)]}
+    owners |= {"_disable_adapters": layers, "_active_adapter": layers}
+    owners |= dict.fromkeys(FREEU, [vars(block) for block in getattr(module, "up_blocks", ())])
+    written = [own[name] for own in (vars(module), *layers) for name in IN_PLACE if name in own]
+
+    def now():
+        return [[*map(dict.get, having, repeat(name))] for name, having in owners.items()]
+
+    before, copies = now(), [each.copy() for each in written]
+    return lambda: now() != before or written != copies
 
 
 def why_not(module: torch.nn.Module) -> str | None:
