@@ -669,6 +669,58 @@ def test_offloading_over_the_engine_has_to_go_first(tiny, captured):
     assert not engine.is_prepared(engine.restore(tiny))
 
 
+def test_offloading_in_groups_over_the_engine_is_told(tiny, captured):
+    engine.prepare(tiny)
+    groups = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    apply_group_offloading(tiny.unet, torch.device("cpu"), **groups)
+    for refused in (engine.restore, engine.prepare):
+        with pytest.raises(UserError, match="offload"):
+            refused(tiny)
+
+
+def with_parts_of(pipe):
+    """As a refiner is made: of a UNet of its own, and its base's VAE and second text encoder."""
+    own = tiny_sdxl()
+    for weight in own.unet.parameters():
+        weight.data *= 0.9
+    shared = {"vae": pipe.vae, "text_encoder_2": pipe.text_encoder_2}
+    return StableDiffusionXLImg2ImgPipeline(**own.components | shared)
+
+
+def test_two_pipelines_that_share_parts(tiny, captured):
+    refiner = with_parts_of(tiny)
+    refiner.set_progress_bar_config(disable=True)
+    image = np.random.default_rng(0).random((1, 16, 16, 3), dtype=np.float32)
+    refine = lambda: draw(refiner, image=image, num_inference_steps=4)
+    eager = small(tiny), refine()
+    for pipe in (tiny, refiner):
+        engine.prepare(pipe)
+    for _ in range(2):
+        assert_same(small(tiny), eager[0])
+        assert_same(refine(), eager[1])
+    assert len(tiny.vae.decoder.forward.entries) == len(refiner.unet.forward.entries) == 1
+    engine.restore(tiny)
+    assert np.array_equal(small(tiny), eager[0])
+    assert_same(refine(), eager[1])
+    assert engine.is_prepared(refiner) and "forward" not in vars(refiner.vae.decoder)
+    engine.restore(refiner)
+    assert np.array_equal(refine(), eager[1])
+
+
+def test_another_unet_can_be_prepared_and_what_is_left_be_restored(tiny, captured):
+    other = with_parts_of(tiny).unet
+    engine.prepare(tiny)
+    small(tiny)
+    tiny.unet = other
+    ours = small(tiny)
+    engine.restore(tiny)
+    assert not any("forward" in vars(m) for part in (tiny.vae, tiny.text_encoder) for m in part.modules())
+    assert_same(ours, small(tiny))
+    assert_same(ours, small(engine.prepare(tiny)))
+    tiny.unet = tiny_sdxl().unet
+    assert engine.is_prepared(engine.prepare(tiny)) and small(tiny).shape == ours.shape
+
+
 def test_without_triton_it_is_told_and_nothing_else_needs_it():
     code = """
 import sys
