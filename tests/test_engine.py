@@ -405,6 +405,24 @@ def test_convolutions_that_wrap_around_in_one_direction(tiny, captured, first):
     assert np.abs(ours - plain).max() > 1e-3, "it has to matter"
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["after a picture", "before any"])
+def test_autocast_is_left_to_pytorch(tiny, captured, first):
+    def cast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return small(tiny)
+
+    compilation.channels_last(tiny)  # as the engine has it: the order of sums shows in bfloat16
+    exact, eager = small(tiny), cast()
+    assert np.abs(exact - eager).max() > 1e-3, "it has to matter"
+    engine.prepare(tiny)
+    if first:
+        small(tiny)
+    with pytest.warns(UserWarning, match="autocast is on"):
+        assert np.array_equal(cast(), eager)
+    assert_same(small(tiny), exact)
+    assert len(captured) == 3
+
+
 UNKNOWN = {
     "FreeU": (lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6), "FreeU is enabled"),
     "processor": (lambda pipe: pipe.unet.set_attn_processor(Halved()), "processor unknown here, Halved"),

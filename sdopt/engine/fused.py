@@ -194,8 +194,10 @@ def keys_and_values(attn, seen):
 
 
 def _suits(x):
-    """Whether the kernels can take `x`: they have no gradients, and run where Triton does."""
-    return not torch.is_grad_enabled() and (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
+    """Whether the kernels can take `x`: they have no gradients, autocast does not know them, and they run where Triton does."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
 
 
 class _End:
