@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from types import MethodType
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -32,6 +33,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny import draw, psnr, tiny_sdxl
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import conv2d, pad, pixel_shuffle
@@ -477,6 +479,39 @@ def test_a_class_put_in_the_place_of_a_blocks_is_computed_as_it_says(tiny, captu
     engine.restore(tiny)
     assert not any("forward" in vars(m) for part in (tiny.unet, tiny.vae) for m in part.modules())
     assert_same(ours, small(tiny))
+    assert np.abs(ours - before).max() > 1e-3, "it has to matter"
+
+
+KINDS = {
+    "IA3": peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["to_k"]),
+    "LoHa": peft.LoHaConfig(target_modules=["to_k"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_other_kinds_of_adapters(tiny, captured, kind):
+    """Not all of them have a strength."""
+    peft.inject_adapter_in_model(kind, tiny.unet)
+    with torch.no_grad():
+        for name, weight in tiny.unet.named_parameters():
+            if any(own in name for own in ("ia3_l", "oft_R", "hada_w2_a")):
+                weight.add_(0.3)  # a new one changes nothing
+    tiny.unet.eval()
+    assert_same(*both(tiny))
+
+
+def test_strengths_of_loras_that_are_swapped_in_place(tiny, captured):
+    """As peft's hotswap does: a tensor on the CPU, whose number a graph takes for good."""
+    with_lora(tiny)
+    prepare_model_for_compiled_hotswap(tiny.unet, target_rank=8)
+    engine.prepare(tiny)
+    before, made = small(tiny), len(captured)
+    for module in tiny.unet.modules():
+        for scale in getattr(module, "scaling", {}).values():
+            scale.fill_(0.5)
+    ours = small(tiny)
+    assert len(captured) == made + 2, "the UNet's"
     assert np.abs(ours - before).max() > 1e-3, "it has to matter"
 
 

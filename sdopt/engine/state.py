@@ -39,12 +39,20 @@ def fingerprint(module: torch.nn.Module) -> tuple:
         if "processor" in own:
             found.append(type(part.processor))
         if "merged_adapters" in own:  # peft's layers: which LoRAs count, and how much, is Python's to know
-            found.append((*part.active_adapters, *part.merged_adapters, part.disable_adapters, *part.scaling.items()))
+            found.append((*part.active_adapters, *part.merged_adapters, part.disable_adapters))
+            found += [(name, _baked(scale)) for name, scale in own.get("scaling", {}).items()]  # not all kinds have it
         if "s1" in own:
             found.append(tuple(own.get(name) for name in FREEU))
         if own["_modules"]:
             left.extend(own["_modules"].values())
     return tuple(found)
+
+
+def _baked(scale):
+    """What a graph holds of a strength: the number, or the address of a tensor on a GPU, where it is read anew."""
+    if not isinstance(scale, torch.Tensor):
+        return scale
+    return scale.data_ptr() if scale.is_cuda else scale.item()
 
 
 def _hooks(part):
