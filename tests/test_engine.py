@@ -9,8 +9,11 @@ import subprocess
 import sys
 import warnings
 import weakref
+from contextlib import nullcontext
+from types import MethodType
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -25,16 +28,20 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny import draw, psnr, tiny_sdxl
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.functional import conv2d, pixel_shuffle
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, hooks, pictures
+from sdopt.engine import fused, graphs, hooks, pictures, plain
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -362,6 +369,62 @@ class Halved(AttnProcessor2_0):
         return 0.5 * super().__call__(*args, **kwargs)
 
 
+def convolutions(pipe):
+    return [m for part in (pipe.unet, pipe.vae) for m in part.modules() if type(m) is torch.nn.Conv2d]
+
+
+def test_convolutions_that_wrap_around(tiny, captured):
+    engine.prepare(tiny)
+    before, made = small(tiny), len(captured)
+    for conv in convolutions(tiny):
+        conv.padding_mode = "circular"
+    ours = small(tiny)
+    assert len(captured) == 2 * made, "a graph pads as it was captured"
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - before).max() > 1e-3, "it has to matter"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after a picture", "before any"])
+def test_convolutions_that_wrap_around_in_one_direction(tiny, captured, first):
+    """As recipes for pictures that tile do: each has a function of its own, which is all that PyTorch looks at."""
+
+    def wrapped(conv, x, weight, bias):
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        x = pad(pad(x, (left, right, 0, 0), mode="circular"), (0, 0, top, bottom))
+        return conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+
+    plain = small(tiny)
+    engine.prepare(tiny)
+    if first:
+        small(tiny)
+    for conv in convolutions(tiny):
+        conv._conv_forward = MethodType(wrapped, conv)
+    with pytest.warns(UserWarning, match="UNet2DConditionModel eagerly: conv_in has another forward"):
+        ours = small(tiny)
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - plain).max() > 1e-3, "it has to matter"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after a picture", "before any"])
+def test_autocast_is_left_to_pytorch(tiny, captured, first):
+    def cast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return small(tiny)
+
+    compilation.channels_last(tiny)  # as the engine has it: the order of sums shows in bfloat16
+    exact, eager = small(tiny), cast()
+    assert np.abs(exact - eager).max() > 1e-3, "it has to matter"
+    engine.prepare(tiny)
+    if first:
+        small(tiny)
+    with pytest.warns(UserWarning, match="autocast is on"):
+        assert np.array_equal(cast(), eager)
+    assert_same(small(tiny), exact)
+    assert len(captured) == 3
+
+
 UNKNOWN = {
     "FreeU": (lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6), "FreeU is enabled"),
     "processor": (lambda pipe: pipe.unet.set_attn_processor(Halved()), "processor unknown here, Halved"),
@@ -389,6 +452,119 @@ def test_unknown_arguments_reach_diffusers(tiny, captured):
     with pytest.warns(UserWarning, match="called with cross_attention_kwargs"):
         ours = small(tiny, cross_attention_kwargs={"scale": 1.0})
     assert_same(ours, small(tiny))
+
+
+def with_lora(pipe):
+    torch.manual_seed(0)
+    layer = LoraConfig(r=4, lora_alpha=64, target_modules=["to_k", "conv1"], init_lora_weights=False)
+    pipe.unet.add_adapter(layer)
+
+
+@pytest.mark.parametrize("known", [ResnetBlock2D, Transformer2DModel, Upsample2D, Attention])
+def test_a_class_put_in_the_place_of_a_blocks_is_computed_as_it_says(tiny, captured, monkeypatch, known):
+    """As libraries do that change a block's ways: by its class, under the `forward` that the engine has put there."""
+
+    class Halved(known):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return 0.5 * out if isinstance(out, torch.Tensor) else tuple(0.5 * each for each in out)
+
+    monkeypatch.setattr(plain, "WIDEST", 32)  # the tiny VAE's attention has one head of 64
+    before = small(engine.prepare(tiny))
+    parts = [tiny.vae.decoder] if known is Attention else [tiny.unet, tiny.vae.decoder]
+    for module in [m for part in parts for m in part.modules() if type(m) is known]:
+        module.__class__ = Halved
+    with pytest.warns(UserWarning, match="has another forward"):
+        ours = small(tiny)
+    engine.restore(tiny)
+    assert not any("forward" in vars(m) for part in (tiny.unet, tiny.vae) for m in part.modules())
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - before).max() > 1e-3, "it has to matter"
+
+
+KINDS = {
+    "IA3": peft.IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=["to_k"]),
+    "LoHa": peft.LoHaConfig(target_modules=["to_k"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_other_kinds_of_adapters(tiny, captured, kind):
+    """Not all of them have a strength."""
+    peft.inject_adapter_in_model(kind, tiny.unet)
+    with torch.no_grad():
+        for name, weight in tiny.unet.named_parameters():
+            if any(own in name for own in ("ia3_l", "oft_R", "hada_w2_a")):
+                weight.add_(0.3)  # a new one changes nothing
+    tiny.unet.eval()
+    assert_same(*both(tiny))
+
+
+def test_strengths_of_loras_that_are_swapped_in_place(tiny, captured):
+    """As peft's hotswap does: a tensor on the CPU, whose number a graph takes for good."""
+    with_lora(tiny)
+    prepare_model_for_compiled_hotswap(tiny.unet, target_rank=8)
+    engine.prepare(tiny)
+    before, made = small(tiny), len(captured)
+    for module in tiny.unet.modules():
+        for scale in getattr(module, "scaling", {}).values():
+            scale.fill_(0.5)
+    ours = small(tiny)
+    assert len(captured) == made + 2, "the UNet's"
+    assert np.abs(ours - before).max() > 1e-3, "it has to matter"
+
+
+SWITCHES = {
+    "LoRA off": lambda pipe: pipe.unet.disable_adapters(),
+    "LoRA weaker": lambda pipe: pipe.unet.set_adapters(["default"], [0.3]),
+    "LoRA fused": lambda pipe: (pipe.unet.set_adapters(["default"], [0.3]), pipe.fuse_lora(components=["unet"])),
+    "another LoRA": lambda pipe: pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False), "two"),
+    "FreeU": lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.5, 1.6),
+    "processor": lambda pipe: pipe.unet.set_attn_processor(Halved()),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_what_a_callback_switches_within_a_picture_shows_at_once(captured, switch):
+    def at_first_step(pipe, step, timestep, kwargs):
+        if step == 0:
+            torch.manual_seed(1)
+            switch(pipe)
+        return {}
+
+    call = {"num_inference_steps": 4, "callback_on_step_end": at_first_step}
+    pictures = []
+    for prepared in (False, True):
+        pipe = tiny_sdxl()
+        pipe.set_progress_bar_config(disable=True)
+        with_lora(pipe)
+        if prepared:
+            engine.prepare(pipe)
+        before, made = small(pipe, num_inference_steps=4), len(captured)
+        with pytest.warns(UserWarning, match="switched within a picture") if prepared else nullcontext():
+            pictures.append(small(pipe, **call))
+        assert len(captured) == made, "the rest of the picture runs eagerly: a capture takes longer"
+        assert np.abs(pictures[-1] - before).max() > 1e-3, "it has to matter"
+    assert_same(*pictures)
+
+
+def test_what_is_switched_back_needs_no_other_graph(tiny, captured):
+    def off_and_on(pipe, step, timestep, kwargs):
+        pipe.unet.disable_adapters() if step == 0 else pipe.unet.enable_adapters()
+        return {}
+
+    with_lora(tiny)
+    eager = small(tiny, num_inference_steps=4, callback_on_step_end=off_and_on)
+    engine.prepare(tiny)
+    small(tiny)
+    tiny.unet.set_attn_processor(AttnProcessor2_0())  # as it was, in another object
+    made = len(captured)
+    with pytest.warns(UserWarning, match="switched within a picture") as heard:
+        for _ in range(2):
+            assert_same(small(tiny, num_inference_steps=4, callback_on_step_end=off_and_on), eager)
+    assert len(captured) == made and sum("engine" in str(w.message) for w in heard) == 1
+    assert not tiny.unet.forward.switched()
 
 
 def unet_inputs(residuals=False, batch=1):
@@ -544,6 +720,58 @@ def test_offloading_over_the_engine_has_to_go_first(tiny, captured):
     tiny.unet.forward = ours
     del tiny.unet._old_forward
     assert not engine.is_prepared(engine.restore(tiny))
+
+
+def test_offloading_in_groups_over_the_engine_is_told(tiny, captured):
+    engine.prepare(tiny)
+    groups = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    apply_group_offloading(tiny.unet, torch.device("cpu"), **groups)
+    for refused in (engine.restore, engine.prepare):
+        with pytest.raises(UserError, match="offload"):
+            refused(tiny)
+
+
+def with_parts_of(pipe):
+    """As a refiner is made: of a UNet of its own, and its base's VAE and second text encoder."""
+    own = tiny_sdxl()
+    for weight in own.unet.parameters():
+        weight.data *= 0.9
+    shared = {"vae": pipe.vae, "text_encoder_2": pipe.text_encoder_2}
+    return StableDiffusionXLImg2ImgPipeline(**own.components | shared)
+
+
+def test_two_pipelines_that_share_parts(tiny, captured):
+    refiner = with_parts_of(tiny)
+    refiner.set_progress_bar_config(disable=True)
+    image = np.random.default_rng(0).random((1, 16, 16, 3), dtype=np.float32)
+    refine = lambda: draw(refiner, image=image, num_inference_steps=4)
+    eager = small(tiny), refine()
+    for pipe in (tiny, refiner):
+        engine.prepare(pipe)
+    for _ in range(2):
+        assert_same(small(tiny), eager[0])
+        assert_same(refine(), eager[1])
+    assert len(tiny.vae.decoder.forward.entries) == len(refiner.unet.forward.entries) == 1
+    engine.restore(tiny)
+    assert np.array_equal(small(tiny), eager[0])
+    assert_same(refine(), eager[1])
+    assert engine.is_prepared(refiner) and "forward" not in vars(refiner.vae.decoder)
+    engine.restore(refiner)
+    assert np.array_equal(refine(), eager[1])
+
+
+def test_another_unet_can_be_prepared_and_what_is_left_be_restored(tiny, captured):
+    other = with_parts_of(tiny).unet
+    engine.prepare(tiny)
+    small(tiny)
+    tiny.unet = other
+    ours = small(tiny)
+    engine.restore(tiny)
+    assert not any("forward" in vars(m) for part in (tiny.vae, tiny.text_encoder) for m in part.modules())
+    assert_same(ours, small(tiny))
+    assert_same(ours, small(engine.prepare(tiny)))
+    tiny.unet = tiny_sdxl().unet
+    assert engine.is_prepared(engine.prepare(tiny)) and small(tiny).shape == ours.shape
 
 
 def test_without_triton_it_is_told_and_nothing_else_needs_it():

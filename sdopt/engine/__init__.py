@@ -1,5 +1,7 @@
 """A pipeline on fused kernels and CUDA graphs: about the speed of compiled code, without a compiler's wait."""
 
+import inspect
+
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -27,7 +29,8 @@ def prepare(
     inpainting, with or without a ControlNet. A size's first picture captures its graphs, in seconds; `keep` graphs of
     each model are kept, the least recently used going first. Pictures agree with the eager pipeline's up to the rounding
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
-    engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
+    engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once. So does the rest of
+    a picture in which a callback switches one of these or a LoRA; other changes to modules show from the next picture on.
     Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
 
     `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to
@@ -56,7 +59,7 @@ def prepare(
         raise UserError("the pipeline is compiled, which is another way to the same: load it again for the engine")
     encoders = _text_encoders(pipe)
     for part in (denoiser, decoder, *encoders):
-        if "forward" in vars(part):
+        if "forward" in vars(part) and not _is_captured(part):  # by a pipeline that shares it, it may be
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
     if rounding:
         fp8.check(denoiser, rounding)
@@ -71,9 +74,9 @@ def prepare(
             fused.fuse(part)
     denoiser.forward = unet.UNet(denoiser, memory, keep)
     denoiser.forward.before, denoiser.forward.rounding = (turned, None if told else pipe.scheduler), rounding
-    decoder.forward = graphs.Decoder(decoder, memory, keep)
-    for encoder in encoders:
-        encoder.forward = text.TextEncoder(encoder, memory, keep)
+    for part, kind in ((decoder, graphs.Decoder), *((encoder, text.TextEncoder) for encoder in encoders)):
+        if not _is_captured(part):
+            part.forward = kind(part, memory, keep)
     pictures.put(getattr(pipe, "image_processor", None))
     hooks.put(denoiser)
     return pipe
@@ -82,17 +85,20 @@ def prepare(
 def restore(pipe):
     """Undo `prepare`: diffusers' own forwards, the weights in the memory layout they had; returns `pipe`. Twice is once.
 
-    Raises UserError where offloading was put over the engine. Introduced in notebooks/12_cuda_graphs.
+    What other pipelines share with it (a VAE, a text encoder) runs eagerly in these, too. Raises UserError where offloading
+    was put over the engine. Introduced in notebooks/12_cuda_graphs.
     """
-    if not is_prepared(pipe):
-        if not MISSING and isinstance(getattr(pipe.unet, "_old_forward", None), unet.UNet):  # accelerate keeps it there
-            raise UserError("offloading was put over the engine: call pipe.remove_all_hooks() first")
+    if MISSING:
         return pipe
-    turned, scheduler = pipe.unet.forward.before
-    for part in (pipe.unet, pipe.vae.decoder, *_text_encoders(pipe)):
-        if isinstance(vars(part).get("forward"), graphs.Captured):
-            del part.forward
-    for part in (pipe.unet, pipe.vae.decoder, getattr(pipe, "controlnet", None)):
+    parts = pipe.unet, pipe.vae.decoder, *_text_encoders(pipe)
+    if any(map(_is_covered, parts)):
+        mend = "call pipe.remove_all_hooks() first, or load the pipeline again where it is offloaded in groups"
+        raise UserError(f"offloading was put over the engine: {mend}")
+    turned, scheduler = pipe.unet.forward.before if is_prepared(pipe) else ((), None)
+    captured = [part for part in parts if _is_captured(part)]  # perhaps all but the UNet, if that is another now
+    for part in captured:
+        del part.forward
+    for part in (*captured, getattr(pipe, "controlnet", None)) if captured else ():
         if part is not None:
             fused.release(part)
     for weight in turned:
@@ -116,6 +122,17 @@ def fp8_layers(pipe) -> int:
     """
     held = pipe.unet.forward.held if is_prepared(pipe) else None
     return sum(layer.used for layer in held.rounded.values()) if held else 0
+
+
+def _is_captured(part):
+    return isinstance(vars(part).get("forward"), graphs.Captured)
+
+
+def _is_covered(part):
+    """Whether offloading has put another forward over the engine's, which accelerate and diffusers keep below theirs."""
+    below = getattr(part, "_old_forward", vars(part).get("forward"))
+    below = inspect.unwrap(below, stop=lambda forward: isinstance(forward, graphs.Captured))
+    return isinstance(below, graphs.Captured) and not _is_captured(part)
 
 
 def _text_encoders(pipe):

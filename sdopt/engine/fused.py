@@ -46,19 +46,18 @@ def fuse(model: nn.Module) -> int:
 def release(model: nn.Module):
     """Let all blocks of `model` be computed by diffusers' own code again."""
     for block in model.modules():
-        if is_ours(block):
+        if _function(block) in OURS or _End.has(block):
             del block.forward
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether the module's `forward` was put there by `fuse`."""
+    """Whether the module's `forward` was put there by `fuse`, for the class that the module still has."""
     return is_fused(module) or _End.has(module)
 
 
 def is_fused(block: nn.Module) -> bool:
-    """Whether `fuse` has taken this block."""
-    forward = getattr(vars(block).get("forward"), "__func__", None)
-    return forward is not None and forward is _forward_for(block)
+    """Whether `fuse` has taken this block, and nobody has put another class in its class's place."""
+    return (forward := _function(block)) is not None and forward is _forward_for(block)
 
 
 def resnet(block, x, temb=None, *args, **kwargs):
@@ -195,8 +194,10 @@ def keys_and_values(attn, seen):
 
 
 def _suits(x):
-    """Whether the kernels can take `x`: they have no gradients, and run where Triton does."""
-    return not torch.is_grad_enabled() and (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
+    """Whether the kernels can take `x`: they have no gradients, autocast does not know them, and they run where Triton does."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
 
 
 class _End:
@@ -271,6 +272,11 @@ def _projected(layer, tokens):
     return linear(tokens, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv2d) else layer(tokens)
 
 
+def _function(module):
+    """The function behind a `forward` that is this module's alone, or None."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
 def _forward_for(module):
     """The function that computes `module` here, or None."""
     if type(module) is Attention and module.group_norm is not None:
@@ -279,3 +285,4 @@ def _forward_for(module):
 
 
 FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer, Upsample2D: upsample}
+OURS = {wide_attention, *FORWARDS.values()}

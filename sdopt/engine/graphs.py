@@ -116,6 +116,7 @@ class Captured:
         if seen != self.seen:
             self.entries.clear()
             self.seen, self.reason = seen, state.why_not(self.module)
+            self.device_type = next(self.module.parameters()).device.type
             if not can_capture(self.module):
                 self.reason = "its weights are not on a GPU"
             return True
@@ -123,6 +124,8 @@ class Captured:
 
     def obstacle(self):
         """Why this call has to run eagerly, as far as the module and PyTorch's state can tell, or None."""
+        if torch.is_autocast_enabled(self.device_type):  # which casts what it is given, operation by operation
+            return self.reason or "autocast is on"
         return self.reason or ("gradients are on" if torch.is_grad_enabled() else None)
 
     def entry(self, key, make):

@@ -3,9 +3,13 @@
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 WIDEST = 256  # channels of a head that fused attention kernels take
+REPLACED = {"forward", "_conv_forward"}  # what a module's own dict holds if somebody has put another there
 
 
 def is_stock(*modules, kind=None):
@@ -13,7 +17,7 @@ def is_stock(*modules, kind=None):
     for module in modules:
         if kind and type(module) is not kind:
             return False
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if module._forward_hooks or module._forward_pre_hooks or REPLACED & vars(module).keys():
             return False
     return True
 
@@ -31,7 +35,8 @@ def resnet(block):
     """Whether `block` is the residual block that is computed here."""
     convolutions = [block.conv1, block.conv2, *([] if block.conv_shortcut is None else [block.conv_shortcut])]
     return (
-        all(map(convolution, convolutions))
+        type(block) is ResnetBlock2D  # another's class can be put in its place at any time
+        and all(map(convolution, convolutions))
         and is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
         and not block.training
         and (block.upsample is None and block.downsample is None)
@@ -52,7 +57,8 @@ def upsample(block):
     """Whether `block` is the doubling that is computed here."""
     conv = getattr(block, "conv", None)
     return (
-        convolution(conv)
+        type(block) is Upsample2D
+        and convolution(conv)
         and (block.interpolate and block.norm is None)
         and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
         and conv.bias is not None
@@ -63,7 +69,8 @@ def transformer(model):
     """Whether `model` and its blocks are those that are computed here."""
     ends = (model.proj_in, model.proj_out)
     return (
-        model.is_input_continuous
+        type(model) is Transformer2DModel
+        and model.is_input_continuous
         and not model.training
         and is_stock(model.norm, kind=nn.GroupNorm)
         and (model.use_linear_projection or is_stock(*ends, kind=nn.Conv2d))
@@ -124,7 +131,8 @@ def joinable(attn):
 def wide_attention(attn):
     """Whether `attn` is the layer of a VAE that is computed here; with a narrower head PyTorch's own way is better."""
     return (
-        attn.inner_dim > WIDEST
+        type(attn) is Attention
+        and attn.inner_dim > WIDEST
         and is_stock(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], kind=nn.Linear)
         and is_stock(attn.group_norm, kind=nn.GroupNorm)
         and not attn.training

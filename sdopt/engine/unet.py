@@ -6,7 +6,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 
-from sdopt.engine import fp8, fused, graphs, plain
+from sdopt.engine import fp8, fused, graphs, plain, state
 from sdopt.engine.once import Once, using
 
 OF_PROMPT = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -24,6 +24,7 @@ class UNet(graphs.Captured):
     held = None  # what is computed once
     last = None  # the timestep of the call before
     picture = 0  # counts them
+    switched = None  # tells whether a LoRA or the like was, since the picture began
 
     @torch.compiler.disable
     def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict=True, **kwargs):
@@ -42,11 +43,18 @@ class UNet(graphs.Captured):
     def _begin(self):
         """Before a picture: see that the graphs are still right, and compute again what was computed from weights."""
         self.picture += 1
-        if self.look():
+        changed = self.look()
+        if changed:
             self.held = None
+        if changed or self.switched():
+            self.switched = state.watch(self.module)
         if self.reason is None:
             self.held = self.held or _held(self.module, self.rounding)
             self.held.renew(lambda call: graphs.capture(call, self.memory))
+
+    def obstacle(self):
+        switched = "LoRAs, FreeU or attention processors were switched within a picture"
+        return super().obstacle() or (switched if self.switched() else None)
 
 
 class _Entry:
