@@ -28,7 +28,7 @@ def prepare(
     each model are kept, the least recently used going first. Pictures agree with the eager pipeline's up to the rounding
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
     engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once.
-    Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
+    Weights go to channels_last memory, and the scheduler knows a picture's first step without asking the GPU. Twice is once.
 
     `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to
     it as they come (see `fp8`); a ControlNet's and the VAE's stay as they are. `scales`: "row", one a row of the input and
@@ -61,7 +61,7 @@ def prepare(
     if rounding:
         fp8.check(denoiser, rounding)
     memory = graphs.Memory()
-    told = "set_timesteps" in vars(pipe.scheduler)
+    told = "_init_step_index" in vars(pipe.scheduler)
     turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)
     for weight in turned:
@@ -98,7 +98,7 @@ def restore(pipe):
     for weight in turned:
         weight.data = weight.data.clone(memory_format=torch.contiguous_format)
     if scheduler is not None:
-        vars(scheduler).pop("set_timesteps", None)
+        vars(scheduler).pop("_init_step_index", None)
     pictures.take(getattr(pipe, "image_processor", None))
     hooks.take(pipe.unet)
     return pipe
