@@ -7,6 +7,7 @@ leaves its outputs at fixed places, and nothing but a new capture puts them else
 import random
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, hooks, pictures
+from sdopt.engine import fused, graphs, hooks, once, pictures
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -518,6 +519,53 @@ def test_gradients_flow_as_before(tiny, captured):
     with pytest.warns(UserWarning, match="gradients are on"):
         tiny.unet(sample.requires_grad_(), 500, **inputs).sample.sum().backward()
     assert sample.grad.abs().max() > 0 and not captured
+
+
+def test_another_thread_decodes_before_or_after_a_step(tiny, captured):
+    """A step's result lies where a decoder's graph may write."""
+    engine.prepare(tiny)
+    before, latents, threads = small(tiny), torch.randn(1, 4, 8, 8), []
+    (step,) = tiny.unet.forward.entries.values()
+    replay = step.replay
+
+    def decode():
+        with torch.no_grad():
+            tiny.vae.decode(latents)
+
+    def meanwhile():
+        replay()
+        threads.append(threading.Thread(target=decode))
+        threads[-1].start()
+        threads[-1].join(0.3)
+
+    step.replay = meanwhile
+    decode()
+    assert np.array_equal(small(tiny), before)
+    for thread in threads:
+        thread.join(30)
+    assert len(threads) == 2 and not any(thread.is_alive() for thread in threads)
+
+
+def test_two_threads_draw_their_first_pictures_with_two_pipelines():
+    """What one computes once is nothing to the other, also where the first ends while the second is at it."""
+    held, layers = [once.Once([], [], [], None) for _ in range(2)], [torch.nn.Linear(1, 1) for _ in range(2)]
+    began, end, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with once.using(held[0], {layers[0]: "first"}):
+            began.set()
+            end.wait(30)
+            seen.append(once.keys_and_values(layers[0]))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    began.wait(30)
+    with once.using(held[1], {layers[1]: "second"}):
+        assert once.keys_and_values(layers[0]) is None and once.keys_and_values(layers[1]) == "second"
+        end.set()
+        thread.join(30)
+        assert seen == ["first"] and once.keys_and_values(layers[1]) == "second"
+    assert not any(once.keys_and_values(layer) for layer in layers)
 
 
 @torch.no_grad()

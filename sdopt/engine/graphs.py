@@ -5,6 +5,7 @@ what the module would read, so a module is looked at again before each picture (
 weights have moved. Weights that change where they are need no new graph.
 """
 
+import threading
 import warnings
 from collections import OrderedDict
 from functools import update_wrapper
@@ -25,10 +26,14 @@ def can_capture(module) -> bool:
 
 
 class Memory:
-    """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from."""
+    """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from.
+
+    `lock`: held from a graph's inputs to a copy of its outputs, and over captures, since another thread may use the pool.
+    """
 
     def __init__(self):
         self.stream = self.handle = None
+        self.lock = threading.RLock()
         self.graphs = WeakSet()
 
     def pool(self):
@@ -143,10 +148,11 @@ class Captured:
             return input, *capture(lambda: type(self.module).forward(self.module, input, **asked), self.memory)
 
         key = (shapes({"input": tensor}), *sorted(asked.items()))
-        input, replay, output = self.entry(key, make)
-        input.copy_(tensor)
-        replay()
-        return tree_map_only(torch.Tensor, torch.clone, output)
+        with self.memory.lock:
+            input, replay, output = self.entry(key, make)
+            input.copy_(tensor)
+            replay()
+            return tree_map_only(torch.Tensor, torch.clone, output)
 
     def eagerly(self, reason, *args, **kwargs):
         """The module's own forward; says once why."""

@@ -35,8 +35,8 @@ class UNet(graphs.Captured):
         if reason:
             given = (sample, timestep, encoder_hidden_states, *args)
             return self.eagerly(reason, *given, return_dict=return_dict, **kwargs)
-        entry = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs))
-        out = entry.step(inputs)
+        with self.memory.lock:
+            out = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs)).step(inputs)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def _begin(self):
@@ -45,8 +45,9 @@ class UNet(graphs.Captured):
         if self.look():
             self.held = None
         if self.reason is None:
-            self.held = self.held or _held(self.module, self.rounding)
-            self.held.renew(lambda call: graphs.capture(call, self.memory))
+            with self.memory.lock:
+                self.held = self.held or _held(self.module, self.rounding)
+                self.held.renew(lambda call: graphs.capture(call, self.memory))
 
 
 class _Entry:
