@@ -513,6 +513,32 @@ def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured
             inputs["encoder_hidden_states"].mul_(0.5)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_pictures_in_inference_mode_and_outside_it(tiny, captured, first):
+    before = small(tiny)
+    engine.prepare(tiny)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            assert_same(small(tiny), before)
+    assert len(captured) == 3
+
+
+def test_a_pipeline_made_in_inference_mode(captured):
+    with torch.inference_mode():
+        pipe = tiny_sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    eager, ours = both(pipe)
+    assert_same(ours, eager)
+    with torch.inference_mode():
+        assert_same(small(pipe), eager)
+    assert captured and np.array_equal(small(engine.restore(pipe)), eager)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    assert small(pipe).shape == eager.shape
+    with pytest.raises(UserError, match="load the pipeline outside it"):
+        engine.prepare(pipe)
+
+
 def test_gradients_flow_as_before(tiny, captured):
     engine.prepare(tiny)
     sample, inputs = unet_inputs()

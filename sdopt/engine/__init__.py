@@ -58,14 +58,15 @@ def prepare(
     for part in (denoiser, decoder, *encoders):
         if "forward" in vars(part):
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
+    if any(_is_mixed(weight) for part in (denoiser, decoder) for weight in part.parameters()):
+        raise UserError("its weights come from inference mode and were changed outside it: load the pipeline outside it")
     if rounding:
         fp8.check(denoiser, rounding)
     memory = graphs.Memory()
     told = "_init_step_index" in vars(pipe.scheduler)
     turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)
-    for weight in turned:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    _turn(turned, lambda data: data.contiguous(memory_format=torch.channels_last))
     for part in (denoiser, decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.fuse(part)
@@ -95,8 +96,7 @@ def restore(pipe):
     for part in (pipe.unet, pipe.vae.decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.release(part)
-    for weight in turned:
-        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    _turn(turned, lambda data: data.clone(memory_format=torch.contiguous_format))
     if scheduler is not None:
         vars(scheduler).pop("_init_step_index", None)
     pictures.take(getattr(pipe, "image_processor", None))
@@ -128,3 +128,18 @@ def _contiguous_images(pipe):
     parts = (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None))
     weights = [p for part in parts if part is not None for p in part.parameters()]
     return [weight for weight in weights if weight.ndim == 4 and weight.is_contiguous()]
+
+
+def _turn(weights, layout):
+    """Give each weight what `layout` makes of its data."""
+    for weight in weights:
+        with torch.inference_mode(weight.is_inference()):  # in the mode that made it: see _is_mixed
+            weight.data = layout(weight.data)
+
+
+def _is_mixed(weight):
+    """Whether a tensor of inference mode was given data outside it: PyTorch refuses views of such a one, at a picture."""
+    try:
+        return not weight.is_inference() and weight._version < 0
+    except RuntimeError:
+        return True

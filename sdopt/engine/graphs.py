@@ -137,7 +137,9 @@ class Captured:
         else:
             while len(self.entries) >= self.limit:
                 self.entries.popitem(last=False)
-            self.entries[key] = make()
+            # inference mode's tensors cannot be written to outside it, where the next picture may be drawn
+            with torch.inference_mode(False), torch.no_grad():
+                self.entries[key] = make()
         return self.entries[key]
 
     def of_one(self, tensor, **asked):

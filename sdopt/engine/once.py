@@ -68,6 +68,7 @@ class Once:
             else:
                 self.joined[layer] = torch.cat(weights)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def renew(self, capture):
         """`gather` by a graph, but for the first time; `capture(call)` runs `call` before, which makes room for what it gathers."""
