@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -651,6 +652,34 @@ def test_what_cannot_be_prepared_is_told_in_one_line(tiny, monkeypatch):
     compilation.compile_pipeline(tiny, "regional", backend="eager")
     refuse(tiny, "is compiled")
     assert not any("\n" in line for line in refused)
+
+
+@torch.no_grad()
+def test_another_gpu_than_the_current_one_is_refused(tiny, captured, monkeypatch):
+    (sample, inputs), there = unet_inputs(), SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def refuse(call, *given):
+        with pytest.raises(UserError, match=r"GPU 1, .* call torch.cuda.set_device\(1\) first"):
+            call(*given)
+
+    def predict(size=8):
+        return tiny.unet(sample[:, :, :size], 500, **inputs).sample
+
+    tiny.unet.parameters = lambda: iter([there])
+    refuse(engine.prepare, tiny)
+    assert not engine.is_prepared(tiny)
+    del tiny.unet.parameters
+    engine.prepare(tiny)
+    before = predict()
+    tiny.unet.parameters = lambda: iter([there])  # as in a thread that has another current one
+    assert torch.equal(predict(), before), "a graph knows its GPU"
+    refuse(predict, 4)
+    tiny.unet.conv_in.weight.data = tiny.unet.conv_in.weight.data.clone()
+    for _ in range(2):
+        refuse(predict)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    graphs.check_current(tiny.unet)
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def prepare(
     one an output, or "tensor", one each, which is faster. `filter`: "measured", the products that are faster so, or
     "all", to see what rounding does to a small model.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, `keep`
-    below 1, one that is prepared in another precision, and of fp8 for a GPU before compute capability 8.9.
+    below 1, one that is prepared in another precision or lies on a GPU that is not the current one, and of fp8 for a GPU
+    before compute capability 8.9.
     Introduced in notebooks/12_cuda_graphs, `precision` in notebooks/13_fp8.
     """
     if MISSING:
@@ -52,6 +53,7 @@ def prepare(
         return pipe
     if not graphs.can_capture(denoiser):
         raise UserError('the engine needs a CUDA GPU: call pipe.to("cuda") first, or keep the pipeline as it is')
+    graphs.check_current(denoiser)
     if timing.compiled_parts(denoiser):
         raise UserError("the pipeline is compiled, which is another way to the same: load it again for the engine")
     encoders = _text_encoders(pipe)

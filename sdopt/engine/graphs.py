@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from sdopt.engine import state
+from sdopt.errors import UserError
 from sdopt.kernels import launch
 
 PATIENCE = 2  # captures in a row, before a decoder whose weights move again and again is left as it is
@@ -23,6 +24,14 @@ PATIENCE = 2  # captures in a row, before a decoder whose weights move again and
 def can_capture(module) -> bool:
     """Whether the module is on a device that has graphs."""
     return next(module.parameters()).is_cuda
+
+
+def check_current(module):
+    """Raise UserError if the module is on another GPU than the current one, where kernels and captures would start."""
+    device = next(module.parameters()).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        other = f"the model is on GPU {device.index}, which is not the current one"
+        raise UserError(f"{other}: call torch.cuda.set_device({device.index}) first")
 
 
 class Memory:
@@ -120,6 +129,7 @@ class Captured:
         seen = state.fingerprint(self.module)
         if seen != self.seen:
             self.entries.clear()
+            check_current(self.module)
             self.seen, self.reason = seen, state.why_not(self.module)
             if not can_capture(self.module):
                 self.reason = "its weights are not on a GPU"
@@ -137,6 +147,7 @@ class Captured:
         else:
             while len(self.entries) >= self.limit:
                 self.entries.popitem(last=False)
+            check_current(self.module)
             # inference mode's tensors cannot be written to outside it, where the next picture may be drawn
             with torch.inference_mode(False), torch.no_grad():
                 self.entries[key] = make()
