@@ -24,6 +24,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.image_processor import VaeImageProcessor
@@ -512,6 +513,31 @@ def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured
         for t, right in zip(times, eager):
             assert (tiny.unet(sample, t, **inputs).sample - right).abs().max() < 1e-4
             inputs["encoder_hidden_states"].mul_(0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("times", [(900, 500), (900.0, 500.0), (torch.tensor(900), torch.tensor(500))])
+def test_weights_that_change_between_two_steps_of_ones_own_show(tiny, captured, times):
+    """Steps whose timesteps lie in no common tensor: each may begin a picture."""
+    sample, inputs = unet_inputs()
+    engine.prepare(tiny)
+    for t in times:
+        for weight in tiny.unet.parameters():
+            weight.data.mul_(0.9)
+        ours = tiny.unet(sample, t, **inputs).sample
+        assert (ours - type(tiny.unet).forward(tiny.unet, sample, t, **inputs).sample).abs().max() < 1e-4
+    assert len(captured) == 2
+
+
+@torch.no_grad()
+def test_a_unet_without_a_prompt_runs_eagerly(tiny, captured):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    tiny.unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, **blocks).eval()
+    sample = torch.randn(1, 4, 8, 8)
+    right = tiny.unet(sample, 500, None).sample
+    engine.prepare(tiny)
+    with pytest.warns(UserWarning, match="eagerly: it was called without a prompt"):
+        assert (tiny.unet(sample, 500, None).sample - right).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -121,6 +121,8 @@ def _named(sample, timestep, text, args, kwargs):
         return None, f"it was called with {', '.join(unknown) or 'more arguments'}"
     if bool(down) != (middle is not None):
         return None, "it was called with residuals that are not a ControlNet's"
+    if text is None:
+        return None, "it was called without a prompt"
     timestep = torch.as_tensor(timestep).float()  # as its embedding does; schedulers differ in the dtype
     residuals = {f"residual_{n}": tensor for n, tensor in enumerate(down)}
     residuals |= {} if middle is None else {"residual_middle": middle}
@@ -144,11 +146,9 @@ def _follows(last, timestep):
     """Whether a call at `timestep` goes on with the picture of the call at `last`; where it cannot be told, it does not.
 
     Timesteps on a GPU are parts of one tensor, and only their places in it are looked at: to look at their values would make
-    the loop wait. `last` is the tensor itself, so that nothing else can lie at its address.
+    the loop wait. `last` is the tensor itself, so that nothing else can lie at its address. Plain numbers do not tell.
     """
-    if not isinstance(timestep, torch.Tensor):
-        return isinstance(last, (int, float)) and timestep < last
-    if not isinstance(last, torch.Tensor) or timestep.device != last.device:
+    if not (isinstance(timestep, torch.Tensor) and isinstance(last, torch.Tensor)) or timestep.device != last.device:
         return False
     same = timestep.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
     return same and timestep.storage_offset() > last.storage_offset()
