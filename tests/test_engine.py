@@ -4,6 +4,7 @@ The stand-in keeps a graph's contract: what is captured is not computed before t
 leaves its outputs at fixed places, and nothing but a new capture puts them elsewhere.
 """
 
+import copy
 import random
 import subprocess
 import sys
@@ -190,6 +191,34 @@ def test_restoring_leaves_nothing(tiny, captured):
     assert np.array_equal(small(tiny), before) and len(captured) == made
     assert weight.is_contiguous() and "_init_step_index" not in vars(tiny.scheduler)
     assert not any("forward" in vars(m) for part in (tiny.unet, tiny.vae) for m in part.modules())
+
+
+def test_a_copied_unet_has_graphs_of_its_own(tiny, captured):
+    engine.prepare(tiny)
+    before = small(tiny)
+    original, tiny.unet = tiny.unet, copy.deepcopy(tiny.unet)
+    assert tiny.unet.forward.module is tiny.unet and not tiny.unet.forward.entries
+    for weight in tiny.unet.parameters():
+        weight.data.mul_(0.9)
+    ours = small(tiny)
+    tiny.unet = original
+    assert np.array_equal(small(tiny), before) and np.abs(ours - before).max() > 1e-3
+    for weight in tiny.unet.parameters():
+        weight.data.mul_(0.9)
+    assert_same(small(tiny), ours)
+
+
+def test_a_copied_pipeline_is_prepared_and_can_be_restored_alone(tiny, captured):
+    eager, ours = both(tiny)
+    copied = copy.deepcopy(tiny)
+    assert engine.is_prepared(copied) and np.array_equal(small(copied), ours)
+    memories = [{part.forward.memory for part in (pipe.unet, pipe.vae.decoder, pipe.text_encoder)} for pipe in (tiny, copied)]
+    assert [len(one) for one in memories] == [1, 1] and memories[0] != memories[1]
+    engine.restore(copied)
+    assert not any("forward" in vars(m) for part in (copied.unet, copied.vae) for m in part.modules())
+    assert copied.unet.conv_in.weight.is_contiguous() and copied.vae.decoder.conv_in.weight.is_contiguous()
+    assert np.array_equal(small(copied), eager)
+    assert engine.is_prepared(tiny) and np.array_equal(small(tiny), ours)
 
 
 def test_the_least_recently_used_graph_is_forgotten(tiny, captured):

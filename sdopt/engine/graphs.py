@@ -8,6 +8,7 @@ weights have moved. Weights that change where they are need no new graph.
 import threading
 import warnings
 from collections import OrderedDict
+from copy import deepcopy
 from functools import update_wrapper
 from weakref import WeakSet
 
@@ -44,6 +45,9 @@ class Memory:
         self.stream = self.handle = None
         self.lock = threading.RLock()
         self.graphs = WeakSet()
+
+    def __deepcopy__(self, memo):
+        return Memory()
 
     def pool(self):
         if not self.graphs:  # a pool whose last graph is gone cannot be taken up again
@@ -123,6 +127,10 @@ class Captured:
         self.entries, self.said = OrderedDict(), set()
         self.seen = self.reason = None
         update_wrapper(self, type(module).forward)  # pipelines look at its signature
+
+    def __deepcopy__(self, memo):
+        """For a copy of the module: without graphs, which read the original's weights."""
+        return type(self)(deepcopy(self.module, memo), deepcopy(self.memory, memo), self.limit)
 
     def look(self):
         """See whether the module is what it was; if not, forget its graphs, and ask whether it can be captured at all."""

@@ -21,6 +21,7 @@ class UNet(graphs.Captured):
     """
 
     rounding = None
+    before = ((), None)  # what `engine.restore` puts back: the weights whose layout was changed, the scheduler
     held = None  # what is computed once
     last = None  # the timestep of the call before
     picture = 0  # counts them
@@ -38,6 +39,12 @@ class UNet(graphs.Captured):
         with self.memory.lock:
             out = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs)).step(inputs)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def __deepcopy__(self, memo):
+        copied, (turned, scheduler) = super().__deepcopy__(memo), self.before
+        copied.before = [memo[id(weight)] for weight in turned if id(weight) in memo], memo.get(id(scheduler))
+        copied.rounding = self.rounding
+        return copied
 
     def _begin(self):
         """Before a picture: see that the graphs are still right, and compute again what was computed from weights."""
