@@ -2,8 +2,8 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import wraps
 from pathlib import Path
+from types import MethodType
 
 import torch
 from diffusers import (
@@ -190,20 +190,21 @@ def start_at_step_zero(pipe):
     """Spare the scheduler its one wait for the GPU, at the first step of a picture; returns `pipe`.
 
     Euler and DPM++ count steps themselves and keep their sigmas on the CPU: only the first step looks its number up on
-    the GPU, unless told. Pipelines that start midway tell it later, and that stands. Introduced in notebooks/04_compile.
+    the GPU. It is zero where the step's timestep lies at the head of all timesteps, which is known without reading it;
+    who starts midway by hand waits as ever. Introduced in notebooks/04_compile.
     """
     scheduler = pipe.scheduler
-    if "set_timesteps" in vars(scheduler) or not hasattr(scheduler, "set_begin_index"):
-        return pipe
-    set_timesteps = scheduler.set_timesteps
-
-    @wraps(set_timesteps)  # pipelines look at its signature
-    def set_timesteps_and_start(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        scheduler.set_begin_index(0)
-
-    scheduler.set_timesteps = set_timesteps_and_start
+    if "_init_step_index" not in vars(scheduler) and hasattr(scheduler, "_init_step_index"):
+        scheduler._init_step_index = MethodType(_init_step_index, scheduler)  # of a copy it becomes the copy's own
     return pipe
+
+
+def _init_step_index(scheduler, timestep):
+    first = isinstance(timestep, torch.Tensor) and timestep.numel() == 1
+    if first and scheduler.begin_index is None and timestep.data_ptr() == scheduler.timesteps.data_ptr():
+        scheduler._step_index = 0
+    else:
+        type(scheduler)._init_step_index(scheduler, timestep)
 
 
 def _available(chosen):

@@ -1,7 +1,15 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from tiny import draw
 
 from sdopt import compilation
@@ -111,6 +119,32 @@ def test_a_pipeline_that_starts_midway_still_does(pocket):
     call = {"image": np.full((1, 64, 64, 3), 0.5, dtype=np.float32), "strength": 0.5, "num_inference_steps": 4}
     before = draw(pipe, **call)
     np.testing.assert_array_equal(draw(start_at_step_zero(pipe), **call), before)
+
+
+@pytest.mark.parametrize("cls", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler])
+@pytest.mark.parametrize("start", [0, 5, 6])  # Heun's timesteps 5 and 6 are the same one
+def test_a_loop_of_ones_own_starts_anywhere(pocket, cls, start):
+    def loop():
+        scheduler, noise = pocket.scheduler, torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)
+        scheduler.set_timesteps(10)
+        times = scheduler.timesteps[start:]
+        sample = scheduler.add_noise(noise.abs(), noise, times[:1])
+        for t in times[:-2]:  # where Heun starts in the middle, it has a step too few
+            sample = scheduler.step(scheduler.scale_model_input(sample, t).tanh(), t, sample).prev_sample
+        return sample
+
+    pocket.scheduler = cls.from_config(pocket.scheduler.config)
+    stock = loop()
+    start_at_step_zero(pocket)
+    assert torch.equal(loop(), stock)
+
+
+def test_a_copied_scheduler_is_one_of_its_own(pocket):
+    before = draw(pocket)
+    draw(start_at_step_zero(pocket), num_inference_steps=5)
+    original, pocket.scheduler = pocket.scheduler, copy.deepcopy(pocket.scheduler)
+    np.testing.assert_array_equal(draw(pocket), before)
+    assert len(original.timesteps) == 5
 
 
 def test_bad_input(sdxl):

@@ -4,13 +4,15 @@ The stand-in keeps a graph's contract: what is captured is not computed before t
 leaves its outputs at fixed places, and nothing but a new capture puts them elsewhere.
 """
 
+import copy
 import random
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from contextlib import nullcontext
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import peft
@@ -25,6 +27,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.image_processor import VaeImageProcessor
@@ -41,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, hooks, pictures, plain
+from sdopt.engine import fused, graphs, hooks, once, pictures, plain
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -192,8 +195,36 @@ def test_restoring_leaves_nothing(tiny, captured):
     assert engine.restore(engine.restore(tiny)) is tiny
     made = len(captured)
     assert np.array_equal(small(tiny), before) and len(captured) == made
-    assert weight.is_contiguous() and "set_timesteps" not in vars(tiny.scheduler)
+    assert weight.is_contiguous() and "_init_step_index" not in vars(tiny.scheduler)
     assert not any("forward" in vars(m) for part in (tiny.unet, tiny.vae) for m in part.modules())
+
+
+def test_a_copied_unet_has_graphs_of_its_own(tiny, captured):
+    engine.prepare(tiny)
+    before = small(tiny)
+    original, tiny.unet = tiny.unet, copy.deepcopy(tiny.unet)
+    assert tiny.unet.forward.module is tiny.unet and not tiny.unet.forward.entries
+    for weight in tiny.unet.parameters():
+        weight.data.mul_(0.9)
+    ours = small(tiny)
+    tiny.unet = original
+    assert np.array_equal(small(tiny), before) and np.abs(ours - before).max() > 1e-3
+    for weight in tiny.unet.parameters():
+        weight.data.mul_(0.9)
+    assert_same(small(tiny), ours)
+
+
+def test_a_copied_pipeline_is_prepared_and_can_be_restored_alone(tiny, captured):
+    eager, ours = both(tiny)
+    copied = copy.deepcopy(tiny)
+    assert engine.is_prepared(copied) and np.array_equal(small(copied), ours)
+    memories = [{part.forward.memory for part in (pipe.unet, pipe.vae.decoder, pipe.text_encoder)} for pipe in (tiny, copied)]
+    assert [len(one) for one in memories] == [1, 1] and memories[0] != memories[1]
+    engine.restore(copied)
+    assert not any("forward" in vars(m) for part in (copied.unet, copied.vae) for m in part.modules())
+    assert copied.unet.conv_in.weight.is_contiguous() and copied.vae.decoder.conv_in.weight.is_contiguous()
+    assert np.array_equal(small(copied), eager)
+    assert engine.is_prepared(tiny) and np.array_equal(small(tiny), ours)
 
 
 def test_the_least_recently_used_graph_is_forgotten(tiny, captured):
@@ -221,7 +252,7 @@ def test_any_scheduler(tiny, captured, scheduler):
     small(tiny)
     tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
     ours = small(tiny, num_inference_steps=5)
-    assert len(captured) == 3 and "set_timesteps" not in vars(tiny.scheduler)
+    assert len(captured) == 3 and "_init_step_index" not in vars(tiny.scheduler)
     engine.restore(tiny)
     assert_same(ours, small(tiny, num_inference_steps=5))
 
@@ -688,12 +719,110 @@ def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured
             inputs["encoder_hidden_states"].mul_(0.5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("times", [(900, 500), (900.0, 500.0), (torch.tensor(900), torch.tensor(500))])
+def test_weights_that_change_between_two_steps_of_ones_own_show(tiny, captured, times):
+    """Steps whose timesteps lie in no common tensor: each may begin a picture."""
+    sample, inputs = unet_inputs()
+    engine.prepare(tiny)
+    for t in times:
+        for weight in tiny.unet.parameters():
+            weight.data.mul_(0.9)
+        ours = tiny.unet(sample, t, **inputs).sample
+        assert (ours - type(tiny.unet).forward(tiny.unet, sample, t, **inputs).sample).abs().max() < 1e-4
+    assert len(captured) == 2
+
+
+@torch.no_grad()
+def test_a_unet_without_a_prompt_runs_eagerly(tiny, captured):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    tiny.unet = UNet2DConditionModel(block_out_channels=(32, 64), layers_per_block=1, **blocks).eval()
+    sample = torch.randn(1, 4, 8, 8)
+    right = tiny.unet(sample, 500, None).sample
+    engine.prepare(tiny)
+    with pytest.warns(UserWarning, match="eagerly: it was called without a prompt"):
+        assert (tiny.unet(sample, 500, None).sample - right).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_pictures_in_inference_mode_and_outside_it(tiny, captured, first):
+    before = small(tiny)
+    engine.prepare(tiny)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            assert_same(small(tiny), before)
+    assert len(captured) == 3
+
+
+def test_a_pipeline_made_in_inference_mode(captured):
+    with torch.inference_mode():
+        pipe = tiny_sdxl()
+    pipe.set_progress_bar_config(disable=True)
+    eager, ours = both(pipe)
+    assert_same(ours, eager)
+    with torch.inference_mode():
+        assert_same(small(pipe), eager)
+    assert captured and np.array_equal(small(engine.restore(pipe)), eager)
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    assert small(pipe).shape == eager.shape
+    with pytest.raises(UserError, match="load the pipeline outside it"):
+        engine.prepare(pipe)
+
+
 def test_gradients_flow_as_before(tiny, captured):
     engine.prepare(tiny)
     sample, inputs = unet_inputs()
     with pytest.warns(UserWarning, match="gradients are on"):
         tiny.unet(sample.requires_grad_(), 500, **inputs).sample.sum().backward()
     assert sample.grad.abs().max() > 0 and not captured
+
+
+def test_another_thread_decodes_before_or_after_a_step(tiny, captured):
+    """A step's result lies where a decoder's graph may write."""
+    engine.prepare(tiny)
+    before, latents, threads = small(tiny), torch.randn(1, 4, 8, 8), []
+    (step,) = tiny.unet.forward.entries.values()
+    replay = step.replay
+
+    def decode():
+        with torch.no_grad():
+            tiny.vae.decode(latents)
+
+    def meanwhile():
+        replay()
+        threads.append(threading.Thread(target=decode))
+        threads[-1].start()
+        threads[-1].join(0.3)
+
+    step.replay = meanwhile
+    decode()
+    assert np.array_equal(small(tiny), before)
+    for thread in threads:
+        thread.join(30)
+    assert len(threads) == 2 and not any(thread.is_alive() for thread in threads)
+
+
+def test_two_threads_draw_their_first_pictures_with_two_pipelines():
+    """What one computes once is nothing to the other, also where the first ends while the second is at it."""
+    held, layers = [once.Once([], [], [], None) for _ in range(2)], [torch.nn.Linear(1, 1) for _ in range(2)]
+    began, end, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with once.using(held[0], {layers[0]: "first"}):
+            began.set()
+            end.wait(30)
+            seen.append(once.keys_and_values(layers[0]))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    began.wait(30)
+    with once.using(held[1], {layers[1]: "second"}):
+        assert once.keys_and_values(layers[0]) is None and once.keys_and_values(layers[1]) == "second"
+        end.set()
+        thread.join(30)
+        assert seen == ["first"] and once.keys_and_values(layers[1]) == "second"
+    assert not any(once.keys_and_values(layer) for layer in layers)
 
 
 @torch.no_grad()
@@ -805,6 +934,34 @@ def test_what_cannot_be_prepared_is_told_in_one_line(tiny, monkeypatch):
     compilation.compile_pipeline(tiny, "regional", backend="eager")
     refuse(tiny, "is compiled")
     assert not any("\n" in line for line in refused)
+
+
+@torch.no_grad()
+def test_another_gpu_than_the_current_one_is_refused(tiny, captured, monkeypatch):
+    (sample, inputs), there = unet_inputs(), SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def refuse(call, *given):
+        with pytest.raises(UserError, match=r"GPU 1, .* call torch.cuda.set_device\(1\) first"):
+            call(*given)
+
+    def predict(size=8):
+        return tiny.unet(sample[:, :, :size], 500, **inputs).sample
+
+    tiny.unet.parameters = lambda: iter([there])
+    refuse(engine.prepare, tiny)
+    assert not engine.is_prepared(tiny)
+    del tiny.unet.parameters
+    engine.prepare(tiny)
+    before = predict()
+    tiny.unet.parameters = lambda: iter([there])  # as in a thread that has another current one
+    assert torch.equal(predict(), before), "a graph knows its GPU"
+    refuse(predict, 4)
+    tiny.unet.conv_in.weight.data = tiny.unet.conv_in.weight.data.clone()
+    for _ in range(2):
+        refuse(predict)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    graphs.check_current(tiny.unet)
 
 
 @pytest.fixture

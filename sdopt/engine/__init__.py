@@ -31,14 +31,15 @@ def prepare(
     of its dtype. LoRAs, other schedulers, callbacks and new sizes are seen by themselves; what is not known to the
     engine (an IP-Adapter, other attention processors, FreeU) runs eagerly, and a warning says so once. So does the rest of
     a picture in which a callback switches one of these or a LoRA; other changes to modules show from the next picture on.
-    Weights go to channels_last memory, and the scheduler is told the number of its first step. Twice is once.
+    Weights go to channels_last memory, and the scheduler knows a picture's first step without asking the GPU. Twice is once.
 
     `precision` "fp8", for a pipeline in bfloat16: most of the UNet's products with weights in e4m3, and inputs rounded to
     it as they come (see `fp8`); a ControlNet's and the VAE's stay as they are. `scales`: "row", one a row of the input and
     one an output, or "tensor", one each, which is faster. `filter`: "measured", the products that are faster so, or
     "all", to see what rounding does to a small model.
     Raises UserError without a GPU, for a compiled pipeline, one whose models offload, another model than this, `keep`
-    below 1, one that is prepared in another precision, and of fp8 for a GPU before compute capability 8.9.
+    below 1, one that is prepared in another precision or lies on a GPU that is not the current one, and of fp8 for a GPU
+    before compute capability 8.9.
     Introduced in notebooks/12_cuda_graphs, `precision` in notebooks/13_fp8.
     """
     if MISSING:
@@ -55,20 +56,22 @@ def prepare(
         return pipe
     if not graphs.can_capture(denoiser):
         raise UserError('the engine needs a CUDA GPU: call pipe.to("cuda") first, or keep the pipeline as it is')
+    graphs.check_current(denoiser)
     if timing.compiled_parts(denoiser):
         raise UserError("the pipeline is compiled, which is another way to the same: load it again for the engine")
     encoders = _text_encoders(pipe)
     for part in (denoiser, decoder, *encoders):
         if "forward" in vars(part) and not _is_captured(part):  # by a pipeline that shares it, it may be
             raise UserError(f"{type(part).__name__} has another forward (offloading?): prepare first, offload after")
+    if any(_is_mixed(weight) for part in (denoiser, decoder) for weight in part.parameters()):
+        raise UserError("its weights come from inference mode and were changed outside it: load the pipeline outside it")
     if rounding:
         fp8.check(denoiser, rounding)
     memory = graphs.Memory()
-    told = "set_timesteps" in vars(pipe.scheduler)
+    told = "_init_step_index" in vars(pipe.scheduler)
     turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)
-    for weight in turned:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    _turn(turned, lambda data: data.contiguous(memory_format=torch.channels_last))
     for part in (denoiser, decoder, getattr(pipe, "controlnet", None)):
         if part is not None:
             fused.fuse(part)
@@ -101,10 +104,9 @@ def restore(pipe):
     for part in (*captured, getattr(pipe, "controlnet", None)) if captured else ():
         if part is not None:
             fused.release(part)
-    for weight in turned:
-        weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    _turn(turned, lambda data: data.clone(memory_format=torch.contiguous_format))
     if scheduler is not None:
-        vars(scheduler).pop("set_timesteps", None)
+        vars(scheduler).pop("_init_step_index", None)
     pictures.take(getattr(pipe, "image_processor", None))
     hooks.take(pipe.unet)
     return pipe
@@ -145,3 +147,18 @@ def _contiguous_images(pipe):
     parts = (pipe.unet, pipe.vae, getattr(pipe, "controlnet", None))
     weights = [p for part in parts if part is not None for p in part.parameters()]
     return [weight for weight in weights if weight.ndim == 4 and weight.is_contiguous()]
+
+
+def _turn(weights, layout):
+    """Give each weight what `layout` makes of its data."""
+    for weight in weights:
+        with torch.inference_mode(weight.is_inference()):  # in the mode that made it: see _is_mixed
+            weight.data = layout(weight.data)
+
+
+def _is_mixed(weight):
+    """Whether a tensor of inference mode was given data outside it: PyTorch refuses views of such a one, at a picture."""
+    try:
+        return not weight.is_inference() and weight._version < 0
+    except RuntimeError:
+        return True

@@ -5,8 +5,10 @@ what the module would read, so a module is looked at again before each picture (
 weights have moved. Weights that change where they are need no new graph.
 """
 
+import threading
 import warnings
 from collections import OrderedDict
+from copy import deepcopy
 from functools import update_wrapper
 from weakref import WeakSet
 
@@ -14,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from sdopt.engine import state
+from sdopt.errors import UserError
 from sdopt.kernels import launch
 
 PATIENCE = 2  # captures in a row, before a decoder whose weights move again and again is left as it is
@@ -24,12 +27,27 @@ def can_capture(module) -> bool:
     return next(module.parameters()).is_cuda
 
 
+def check_current(module):
+    """Raise UserError if the module is on another GPU than the current one, where kernels and captures would start."""
+    device = next(module.parameters()).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        other = f"the model is on GPU {device.index}, which is not the current one"
+        raise UserError(f"{other}: call torch.cuda.set_device({device.index}) first")
+
+
 class Memory:
-    """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from."""
+    """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from.
+
+    `lock`: held from a graph's inputs to a copy of its outputs, and over captures, since another thread may use the pool.
+    """
 
     def __init__(self):
         self.stream = self.handle = None
+        self.lock = threading.RLock()
         self.graphs = WeakSet()
+
+    def __deepcopy__(self, memo):
+        return Memory()
 
     def pool(self):
         if not self.graphs:  # a pool whose last graph is gone cannot be taken up again
@@ -110,11 +128,16 @@ class Captured:
         self.seen = self.reason = None
         update_wrapper(self, type(module).forward)  # pipelines look at its signature
 
+    def __deepcopy__(self, memo):
+        """For a copy of the module: without graphs, which read the original's weights."""
+        return type(self)(deepcopy(self.module, memo), deepcopy(self.memory, memo), self.limit)
+
     def look(self):
         """See whether the module is what it was; if not, forget its graphs, and ask whether it can be captured at all."""
         seen = state.fingerprint(self.module)
         if seen != self.seen:
             self.entries.clear()
+            check_current(self.module)
             self.seen, self.reason = seen, state.why_not(self.module)
             self.device_type = next(self.module.parameters()).device.type
             if not can_capture(self.module):
@@ -135,7 +158,10 @@ class Captured:
         else:
             while len(self.entries) >= self.limit:
                 self.entries.popitem(last=False)
-            self.entries[key] = make()
+            check_current(self.module)
+            # inference mode's tensors cannot be written to outside it, where the next picture may be drawn
+            with torch.inference_mode(False), torch.no_grad():
+                self.entries[key] = make()
         return self.entries[key]
 
     def of_one(self, tensor, **asked):
@@ -146,10 +172,11 @@ class Captured:
             return input, *capture(lambda: type(self.module).forward(self.module, input, **asked), self.memory)
 
         key = (shapes({"input": tensor}), *sorted(asked.items()))
-        input, replay, output = self.entry(key, make)
-        input.copy_(tensor)
-        replay()
-        return tree_map_only(torch.Tensor, torch.clone, output)
+        with self.memory.lock:
+            input, replay, output = self.entry(key, make)
+            input.copy_(tensor)
+            replay()
+            return tree_map_only(torch.Tensor, torch.clone, output)
 
     def eagerly(self, reason, *args, **kwargs):
         """The module's own forward; says once why."""

@@ -7,6 +7,7 @@ it is computed again for every picture: weights that were changed in place show 
 """
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.nn.functional import linear, silu
 
 from sdopt.kernels.upsample_conv import folded
 
-_now = None
+_now = ContextVar("now", default=None)  # a thread's own: another may draw with another pipeline
 
 
 class Once:
@@ -67,6 +68,7 @@ class Once:
             else:
                 self.joined[layer] = torch.cat(weights)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def renew(self, capture):
         """`gather` by a graph, but for the first time; `capture(call)` runs `call` before, which makes room for what it gathers."""
@@ -107,42 +109,41 @@ def using(held, of_prompt):
 
     Introduced in notebooks/12_cuda_graphs.
     """
-    global _now
-    before, _now = _now, (held, of_prompt)
+    token = _now.set((held, of_prompt))
     try:
         yield
     finally:
-        _now = before
+        _now.reset(token)
         held.shifts = None
 
 
 def keys_and_values(layer):
     """The prompt's keys and values for an attention layer, if they have been computed."""
-    return _now[1].get(layer) if _now else None
+    return now[1].get(layer) if (now := _now.get()) else None
 
 
 def joined(layer):
     """The weights of a self-attention layer's three projections, one below the other, if they have been joined."""
-    return _now[0].join(layer) if _now else None
+    return now[0].join(layer) if (now := _now.get()) else None
 
 
 def rounded(part, rows):
     """What stands for a layer in e4m3, if its weights have been rounded and it is worth it for so many rows."""
-    layer = _now[0].rounded.get(part) if _now else None
+    layer = now[0].rounded.get(part) if (now := _now.get()) else None
     return layer if layer and layer.pays(rows) else None
 
 
 def bias_after(model, layer):
     """The bias of the projection after a model's blocks with that of `layer`, its last, in it, if there is one."""
-    held = _now[0] if _now else None
+    held = now[0] if (now := _now.get()) else None
     return held.biases[model] if held and model in held.biases and held.ends[model][0] is layer else None
 
 
 def quarters(block):
     """The folded weights of an upsampler, if they have been computed."""
-    return _now[0].quarters.get(block) if _now else None
+    return now[0].quarters.get(block) if (now := _now.get()) else None
 
 
 def shift(block, temb):
     """What a residual block adds to every position after its first convolution, that one's bias included, or None."""
-    return _now[0].shift_of(block, temb) if _now and block in _now[0].places else None
+    return now[0].shift_of(block, temb) if (now := _now.get()) and block in now[0].places else None

@@ -21,6 +21,7 @@ class UNet(graphs.Captured):
     """
 
     rounding = None
+    before = ((), None)  # what `engine.restore` puts back: the weights whose layout was changed, the scheduler
     held = None  # what is computed once
     last = None  # the timestep of the call before
     picture = 0  # counts them
@@ -36,9 +37,15 @@ class UNet(graphs.Captured):
         if reason:
             given = (sample, timestep, encoder_hidden_states, *args)
             return self.eagerly(reason, *given, return_dict=return_dict, **kwargs)
-        entry = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs))
-        out = entry.step(inputs)
+        with self.memory.lock:
+            out = self.entry(graphs.shapes(inputs), lambda: _Entry(self, inputs)).step(inputs)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def __deepcopy__(self, memo):
+        copied, (turned, scheduler) = super().__deepcopy__(memo), self.before
+        copied.before = [memo[id(weight)] for weight in turned if id(weight) in memo], memo.get(id(scheduler))
+        copied.rounding = self.rounding
+        return copied
 
     def _begin(self):
         """Before a picture: see that the graphs are still right, and compute again what was computed from weights."""
@@ -49,8 +56,9 @@ class UNet(graphs.Captured):
         if changed or self.switched():
             self.switched = state.watch(self.module)
         if self.reason is None:
-            self.held = self.held or _held(self.module, self.rounding)
-            self.held.renew(lambda call: graphs.capture(call, self.memory))
+            with self.memory.lock:
+                self.held = self.held or _held(self.module, self.rounding)
+                self.held.renew(lambda call: graphs.capture(call, self.memory))
 
     def obstacle(self):
         switched = "LoRAs, FreeU or attention processors were switched within a picture"
@@ -128,6 +136,8 @@ def _named(sample, timestep, text, args, kwargs):
         return None, f"it was called with {', '.join(unknown) or 'more arguments'}"
     if bool(down) != (middle is not None):
         return None, "it was called with residuals that are not a ControlNet's"
+    if text is None:
+        return None, "it was called without a prompt"
     timestep = torch.as_tensor(timestep).float()  # as its embedding does; schedulers differ in the dtype
     residuals = {f"residual_{n}": tensor for n, tensor in enumerate(down)}
     residuals |= {} if middle is None else {"residual_middle": middle}
@@ -151,11 +161,9 @@ def _follows(last, timestep):
     """Whether a call at `timestep` goes on with the picture of the call at `last`; where it cannot be told, it does not.
 
     Timesteps on a GPU are parts of one tensor, and only their places in it are looked at: to look at their values would make
-    the loop wait. `last` is the tensor itself, so that nothing else can lie at its address.
+    the loop wait. `last` is the tensor itself, so that nothing else can lie at its address. Plain numbers do not tell.
     """
-    if not isinstance(timestep, torch.Tensor):
-        return isinstance(last, (int, float)) and timestep < last
-    if not isinstance(last, torch.Tensor) or timestep.device != last.device:
+    if not (isinstance(timestep, torch.Tensor) and isinstance(last, torch.Tensor)) or timestep.device != last.device:
         return False
     same = timestep.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
     return same and timestep.storage_offset() > last.storage_offset()
