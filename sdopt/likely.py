@@ -10,6 +10,7 @@ from sdopt.yours import ALL, DIFFERS
 
 FAST = 1.5  # a number format whose products gain no more has no unit worth the name: casts and copies take the rest
 LESS_WORK = ("dpm_20", "cfg_cutoff")  # steps that only leave work out: no machine is slower with them
+SAME_CALL = ("tiny_vae", *LESS_WORK)  # and these start the kernels of a UNet call as the step before does
 AGAIN = "measure again with nothing else running"
 
 
@@ -50,7 +51,7 @@ def why(step, mine, other, machine) -> str:
         return f"measured: {waits}: {AGAIN}"
     if other and (waits := notes.waits_longer(other.row, other.before)):
         return f"measured there: {waits}"
-    for taken, where in ((mine, "here"), (other, "there")):
+    for taken, where in ((mine, "here"), (other, "there")) if step in SAME_CALL else ():
         if taken and notes.waits_longer(taken.before, taken.row):
             return f"measured {where}: {_busy_ms(taken.before)} in the row before it, which waited: part of that gain is its wait"
     if step in LESS_WORK and mine.gain["speedup"] * DIFFERS < 1:

@@ -72,6 +72,8 @@ def test_a_gain_over_a_row_that_waited_is_partly_its_wait():
     there = [r | {"unet_kernels": [kernels(2, 20.0)]} for r in rows("dpm_20", 2.0, 0.8)]
     (said,) = taken("dpm_20", *calm, *there, machine=CPU)
     assert "Measured there: kernels are busy for 600 ms of the UNet's 1700 in the row before it, which waited" in said
+    fewer_launches = [r | {"unet_kernels": [kernels(2, 20.0)]} for r in rows("sdpa", 2.0, 0.8)]
+    assert "which waited" not in taken("sdpa", *rows("sdpa", 2.0, 1.5), *fewer_launches, machine=CPU)[0]
 
 
 def test_a_reader_without_a_gpu_is_told_where_the_recorded_one_waits():
