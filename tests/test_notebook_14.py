@@ -70,7 +70,7 @@ def test_14_the_oracle_reads_through_grain(kept):
 def test_14_drift_notices_first_what_can_be_noticed(kept):
     seen = kept(NAME)
     needed = seen["needed"]
-    assert needed["no guidance"]["drift"] <= 3
+    assert needed["no guidance"]["drift"] == 4, "with the fewest that are asked"
     assert needed["no guidance"]["adherence"] is None and needed["no guidance"]["Frechet"] is None
     assert seen["broken"]["no guidance"]["psnr"] < seen["rows"]["fp32"]["psnr"] - 10
     assert set(needed["middle layer"].values()) == {None}

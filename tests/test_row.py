@@ -102,7 +102,7 @@ def test_what_was_compiled_is_exported_once_its_search_is_done(search, tmp_path,
     first = row.first_call({}, lambda phase: None, one)
     assert exported == ([one] if search == claims.ALONE else [])
     assert {key: first[key] for key in ("left", "processes") if key in first} == (
-        {"left": 0, "processes": 3} if search == claims.LATER else {}
+        {"left": [], "processes": 3} if search == claims.LATER else {}
     )
 
 
