@@ -85,10 +85,13 @@ def _waits(row):
     return share is not None and share < BUSY
 
 
+def _at_work(row):
+    return f"the GPU's kernels are busy for {busy(row):.0%} of the UNet's time"
+
+
 def _busy(here, there=None):
     """The measured shares in words."""
-    told = f"the GPU's kernels are busy for {busy(here):.0%} of the UNet's time here"
-    return told + (f" and {busy(there):.0%} there" if there and busy(there) is not None else "")
+    return _at_work(here) + " here" + (f" and {busy(there):.0%} there" if there and busy(there) is not None else "")
 
 
 def _busy_ms(row):
@@ -108,8 +111,7 @@ def _launches(mine, other, less):
     if not less and other and busy(row) is not None and not _waits(row) and _waits(other.row):
         return f"measured: {_busy(row, other.row)}; likely launches hide there what the step saves"
     if not less and other and busy(row) is None and _waits(other.row):
-        told = f"the GPU's kernels are busy for {busy(other.row):.0%} of the UNet's time"
-        return f"measured there: {told}; likely it waits for launches, which this step makes no fewer"
+        return f"measured there: {_at_work(other.row)}; likely it waits for launches, which this step makes no fewer"
     return None
 
 

@@ -82,8 +82,8 @@ def waits_longer(row, before) -> str | None:
     if not (row.get("unet_kernels") and before.get("unet_kernels")):
         return None
     unet, kernels = ([f(r) for r in (row, before)] for f in (lambda r: r["stages_ms"]["unet"], figures.kernels_ms))
-    per_call = [[ms / r["stages_ms"]["unet_calls"] for ms, r in zip(both, (row, before))] for both in (unet, kernels)]
-    if per_call[0][0] < WIDE * per_call[0][1] or per_call[1][0] > WIDE * per_call[1][1]:
+    wide = WIDE * row["stages_ms"]["unet_calls"] / before["stages_ms"]["unet_calls"]  # a call beside a call
+    if unet[0] < wide * unet[1] or kernels[0] > wide * kernels[1]:
         return None
     return (
         f"its kernels are busy for {kernels[0]:.0f} ms of the UNet's {unet[0]:.0f}, and were for {kernels[1]:.0f} of "

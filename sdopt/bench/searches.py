@@ -44,8 +44,7 @@ def go_on(job) -> None:
 
 def is_found(path) -> bool:
     """Whether a search has found the tile sizes in this file of Inductor's cache."""
-    content = _content(path)
-    return isinstance(content, dict) and bool(content.get("found_by_coordesc"))
+    return _by_search(_content(path))
 
 
 def _put(job, kept, kind, missing):
@@ -90,9 +89,15 @@ def _merged(old, new):
 
 def _finds(inductor):
     """The searches' results in Inductor's cache, {name: content}: not what it chose from the few it always tries."""
-    found = {path: _content(path) for path in inductor.glob("cache/*")}
-    found |= {path: _content(path) for path in inductor.glob("*/*.best_config") if is_found(path)}
-    return {path.relative_to(inductor).as_posix(): content for path, content in found.items() if content is not None}
+    choices = {path: _content(path) for path in inductor.glob("cache/*")}
+    tiles = {path: _content(path) for path in inductor.glob("*/*.best_config")}
+    found = {path: content for path, content in choices.items() if content is not None}
+    found |= {path: content for path, content in tiles.items() if _by_search(content)}
+    return {path.relative_to(inductor).as_posix(): content for path, content in found.items()}
+
+
+def _by_search(content):
+    return isinstance(content, dict) and bool(content.get("found_by_coordesc"))
 
 
 def _content(path):
