@@ -1,11 +1,14 @@
+import io
 import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
 from made_up import row as made_up_row
+from tqdm import tqdm
 
 from sdopt import models, results
 from sdopt.bench import notes, process, studies, walk
@@ -96,6 +99,19 @@ def test_a_worker_ends_in_the_middle_of_its_call_when_its_caller_is_killed():
     while os.path.exists(f"/proc/{told[0]}") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{told[0]}"), "the worker outlived its caller"
+
+
+def draw_a_bar(state, tell):
+    left = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resource_tracker, "register", lambda name, kind: left.append(kind))
+        with tqdm(total=1, file=io.StringIO()):
+            return left
+
+
+def test_a_bar_in_a_worker_makes_no_semaphore_that_would_be_left_behind_when_it_is_stopped():
+    with process.Worker(CPU) as worker:
+        assert worker.call(draw_a_bar) == []
 
 
 def start_a_worker_and_be_killed(state, tell):

@@ -10,6 +10,8 @@ import time
 import traceback
 from multiprocessing import connection
 
+from tqdm import tqdm
+
 from sdopt.errors import UserError
 
 # What every row imports anyway, loaded once into the fork server.
@@ -107,6 +109,7 @@ class Worker:
 def _serve(pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to answer, who ends this process
     threading.Thread(target=_end_with_caller, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is stopped would leave behind
     for name in PRELOAD:
         importlib.import_module(name)
     state = {}
