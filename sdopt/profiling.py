@@ -15,6 +15,7 @@ KINDS = {
     "matrix product": r"gemm|gemv|nvjet|cutlass|splitK|cublas|triton_tem",
 }
 OTHER = "other"  # norms, pointwise work, copies
+NAME = 100  # characters of a kernel's name that are kept: compiled code lists in it all that it fused
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,27 @@ def profile(call: Callable[[], object]) -> Profile:
 
 
 def by_kind(kernels: dict[str, float]) -> dict[str, float]:
-    """Seconds by kind of kernel, for {name: seconds}: a key for each of KINDS, and OTHER.
+    """Time by kind of kernel, for {name: time}: a key for each of KINDS, and OTHER.
 
     Attention is the fused kernels alone: attention by the formula is matrix products and others. Introduced in
     notebooks/10_the_whole_path.
     """
     kinds = dict.fromkeys((*KINDS, OTHER), 0.0)
-    for name, seconds in kernels.items():
-        kinds[kind_of(name)] += seconds
+    for name, time in kernels.items():
+        kinds[kind_of(name)] += time
+    return kinds
+
+
+def longest(kernels: dict[str, float], each: int = 5) -> dict[str, dict[str, float]]:
+    """Of {name: time}, by kind the `each` kernels that took longest, longest first; names of fused ones are cut short.
+
+    A row keeps them beside its times by kind: they say whose kernels ran, a library's or a compiler's.
+    """
+    kinds = {}
+    for name in sorted(kernels, key=kernels.get, reverse=True):
+        own = kinds.setdefault(kind_of(name), {})
+        if len(own) < each:
+            own[name[:NAME]] = own.get(name[:NAME], 0.0) + kernels[name]
     return kinds
 
 

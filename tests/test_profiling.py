@@ -80,6 +80,15 @@ def test_kernels_are_told_apart_by_their_names(kernel, kind):
     assert profiling.by_kind({kernel: 2.0}) == dict.fromkeys((*profiling.KINDS, "other"), 0.0) | {kind: 2.0}
 
 
+def test_the_longest_kernels_of_each_kind_come_first_and_by_names_of_a_line():
+    fused = "triton_poi_fused_" + "add_" * 40
+    kernels = {"nvjet_a": 1.0, "nvjet_b": 3.0, "nvjet_c": 2.0, fused + "7": 0.5, fused + "8": 0.25}
+    longest = profiling.longest(kernels, each=2)
+    assert {kind: list(of.items()) for kind, of in longest.items()} == {
+        "matrix product": [("nvjet_b", 3.0), ("nvjet_c", 2.0)], "other": [(fused[:100], 0.75)]
+    }
+
+
 @pytest.mark.gpu
 def test_a_graphs_kernels_are_seen_with_their_times():
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)

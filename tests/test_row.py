@@ -47,6 +47,7 @@ def test_a_row_knows_the_kernels_of_each_batch_its_unet_sees(profiled, monkeypat
         assert call["ms"] == pytest.approx(
             {"attention": 1.0, "convolution": 0.0, "matrix product": product, "other": 0.0}
         )
+        assert call["longest"] == {"matrix product": {"nvjet_sm90": product}, "attention": {"cudnn_sdpa_fprop": 1.0}}
 
 
 def test_a_profiler_that_is_refused_costs_no_row(profiled, monkeypatch):

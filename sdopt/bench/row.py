@@ -241,8 +241,8 @@ def as_run(pipe):
 def unet_profile(pipe, job, call_kwargs):
     """Which kernels attend in the UNet, and its calls' kernels by kind, from a profile of two more steps.
 
-    ({"attention": [...]}, {"unet_kernels": [{"samples", "ms": {kind: ms}}]}), of the latter one for each
-    batch that the UNet sees; empty on a CPU, which has no kernels to see.
+    ({"attention": [...]}, {"unet_kernels": [{"samples", "ms": {kind: ms}, "longest": {kind: {name: ms}}}]}), of the latter
+    one for each batch that the UNet sees; empty on a CPU, which has no kernels to see.
     """
     calls = {}
 
@@ -258,11 +258,8 @@ def unet_profile(pipe, job, call_kwargs):
     except RuntimeError as error:  # a profiler that is refused (in some containers) is no reason to lose the row
         return {"attention": None, "attention_unknown": summary(error)}, {}
     attended = {backend for seen in calls.values() for backend in attention.backends_in(seen.names)}
-    kernels = [
-        {"samples": n, "ms": {kind: 1e3 * s for kind, s in profiling.by_kind(seen.kernels).items()}}
-        for n, seen in calls.items()
-        if seen.kernels
-    ]
+    ms = {n: {name: 1e3 * seconds for name, seconds in seen.kernels.items()} for n, seen in calls.items() if seen.kernels}
+    kernels = [{"samples": n, "ms": profiling.by_kind(of), "longest": profiling.longest(of)} for n, of in ms.items()]
     return {"attention": sorted(attended)}, {"unet_kernels": kernels} if kernels else {}
 
 
