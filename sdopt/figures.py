@@ -23,7 +23,7 @@ NAMES = {"text_encoder": "text encoder", "unet": "UNet", "scheduler": "scheduler
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, QUIET = "#222222", "#666666"
 SOURCE = "sdopt-source"
-DRAWN = 3  # counts the changes in how figures are drawn: a new number makes all of them stale
+DRAWN = 4  # counts the changes in how figures are drawn: a new number makes all of them stale
 
 
 class Plot(Figure):
@@ -33,9 +33,14 @@ class Plot(Figure):
         super().__init__(**{"layout": "constrained", "facecolor": "white"} | more)
 
     def _repr_png_(self):
-        file = io.BytesIO()
-        self.savefig(file, format="png", dpi=80)
-        return file.getvalue()
+        return png(self, dpi=80)
+
+
+def png(figure, dpi, text=None):
+    """`figure` as the bytes of a PNG, see `results.png`; without the alpha channel that matplotlib writes, all of it opaque."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    return results.png(Image.open(drawn).convert("RGB"), dpi, text)
 
 
 def digest(files):
@@ -57,9 +62,7 @@ def source(figure_path):
 
 def save(figure, target, files):
     """Write `figure`, drawn from `files`, to the PNG `target`. Raises UserError when it cannot be written."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, metadata={SOURCE: digest(files), "Software": None})
-    results.write_whole(target, file.getvalue())
+    results.write_whole(target, png(figure, 110, {SOURCE: digest(files)}))
 
 
 def title(figure, words, result):

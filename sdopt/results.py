@@ -1,6 +1,7 @@
 """The result file: what was measured, where, with which settings. Written whole or not at all, checked when read."""
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 from sdopt.errors import UserError
 
@@ -79,6 +81,15 @@ def _cpu_name():
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def png(picture, dpi=None, text=None):
+    """A PIL picture as the bytes of a PNG, as small as it gets without loss; `text`: what the file says beside it, {key: words}."""
+    file, info = io.BytesIO(), PngInfo()
+    for key, words in (text or {}).items():
+        info.add_text(key, words)
+    picture.save(file, "PNG", optimize=True, pnginfo=info, **({"dpi": (dpi, dpi)} if dpi else {}))
+    return file.getvalue()
 
 
 def write_whole(path, data):

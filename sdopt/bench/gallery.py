@@ -147,9 +147,7 @@ def judge(pipe, job, pictures, shelf, call):
 
 def _keep(shelf, images, latents):
     """Leave the reference for the other rows; the pictures last, for where they are all is there."""
-    file = io.BytesIO()
-    sheet(images).save(file, "PNG")
-    results.write_whole(shelf.folder.with_name("reference.png"), file.getvalue())
+    results.write_whole(shelf.folder.with_name("reference.png"), results.png(sheet(images)))
     shelf.put(shelf.latents, latents)
     shelf.put(shelf.pictures, images)
 

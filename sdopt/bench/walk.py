@@ -1,6 +1,5 @@
 """A path study: the steps in taught order, each row in a fresh process, judged by speed, memory and picture."""
 
-import io
 import time
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +202,4 @@ def _channels_last(fresh, job, limit_s):
 def _keep_picture(target, images, judge):
     target.unlink(missing_ok=True)
     if images and not judge.noise:  # what random weights draw is noise, and would be told from another's by nothing
-        file = io.BytesIO()
-        Image.fromarray(images[0][0]).save(file, "PNG")
-        results.write_whole(target, file.getvalue())
+        results.write_whole(target, results.png(Image.fromarray(images[0][0])))

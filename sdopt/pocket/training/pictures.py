@@ -9,11 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from sdopt.figures import png
 from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.renderer import render
 from sdopt.pocket.scenes import Agreement
 from sdopt.pocket.training.data import FIRST_HELD_OUT_RENDER, draw_scenes
 from sdopt.pocket.training.evaluate import draw, judge, load
+from sdopt.results import write_whole
 
 ROWS, COLUMNS = 4, 4
 
@@ -28,8 +30,7 @@ def contact_sheet(images: Tensor, texts: list[str], title: str, path: Path) -> N
         axis.set_title("\n".join(lines), y=0, pad=-8, va="top", fontsize=8.5)
         axis.axis("off")
     figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    write_whole(path, png(figure, dpi=80))
     plt.close(figure)
 
 
