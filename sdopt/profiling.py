@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 # A kernel's kind is the first of these that its name matches, OTHER where none does. Compiled code names a kernel after
-# the operators it fuses, so "convolution" in one of those may be a bias; only its templates (tem) multiply matrices.
+# the operators it fuses, so "convolution" in one of those may be a bias; only its templates (tem) multiply matrices, and one
+# that lists "mm" is the template of that, whatever stood before it.
 FUSED = r"^triton_(?!tem)"
+PRODUCT = r"^triton_tem_.*_mm_"
 KINDS = {
     "attention": r"sdpa|fmha|flash|attention",
     "convolution": r"conv|fprop|dgrad|winograd|nchwToNhwc|nhwcToNchw",
-    "matrix product": r"gemm|gemv|nvjet|cutlass|splitK|cublas|triton_tem",
+    "matrix product": r"gemm|gemv|nvjet|cutlass|splitK|cublas|triton_tem|_linear_geglu",
 }
 OTHER = "other"  # norms, pointwise work, copies
 NAME = 100  # characters of a kernel's name that are kept: compiled code lists in it all that it fused
@@ -80,4 +82,6 @@ def kind_of(kernel: str) -> str:
     """The kind of the kernel of that name: one of KINDS, or OTHER."""
     if re.search(FUSED, kernel):
         return OTHER
+    if re.search(PRODUCT, kernel):
+        return "matrix product"
     return next((kind for kind, name in KINDS.items() if re.search(name, kernel, re.IGNORECASE)), OTHER)

@@ -6,7 +6,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_sdxl
 
-from sdopt.engine import fp8
+from sdopt.engine import bounds, fp8
 from sdopt.engine.emulated import back, emulated
 from sdopt.errors import UserError
 from sdopt.kernels import conv_float8, to_float8
@@ -46,7 +46,7 @@ def test_each_layer_gives_what_the_engines_does(unet, scales, monkeypatch):
         for layer in layers.values():
             x = torch.randn(2, 9, layer.parts[0].in_features).bfloat16()
             x[0, 3] = 0
-            theirs = layer(to_float8.reference(x, fp8.of_values(x) if layer.takes is None else layer.takes))
+            theirs = layer(to_float8.reference(x, bounds.of_values(x) if layer.takes is None else layer.takes))
             ours = torch.cat([part(x) for part in layer.parts], -1)
             plain = torch.cat([torch.nn.Linear.forward(part, x) for part in layer.parts], -1)
             off = lambda y: ((y.float() - theirs.float()).square().mean() / theirs.float().square().mean()).sqrt()
@@ -92,7 +92,7 @@ def test_a_convolution_gives_what_the_engines_does(unet):
         )
         ours = conv(x).float()
     norm = next(part for part in unet.modules() if getattr(part, "conv2", None) is conv).norm2
-    image = to_float8.reference(to_float8.with_borders(x), fp8.scale_of(fp8.of_group_norm(norm)))
+    image = to_float8.reference(to_float8.with_borders(x), bounds.scale_of(bounds.of_group_norm(norm)))
     weight = to_float8.reference(conv.weight.permute(0, 2, 3, 1).flatten(1))
     theirs = conv_float8.reference(image, weight) + conv.bias.double()[:, None, None]
     off = lambda y: ((y - theirs).square().mean() / theirs.square().mean()).sqrt()

@@ -7,6 +7,7 @@ from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
     conv_float8,
+    gated_bound,
     geglu,
     group_norm,
     launch,
@@ -81,6 +82,29 @@ def test_geglu(device, dtype, shape, scales):
     x = 3 * random(shape, dtype, device)
     scales = torch.tensor(0.01, device=device) if scales == "all" else scales
     assert_rounded(geglu.geglu(x, scales), geglu.reference(x.double()), scales)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(160, 40), (7, 320), (1, 1), (33, 1280)])
+def test_gated_bound(device, dtype, outputs, inputs, biased):
+    """Of rows of values and gates far apart in size: a value's bound is multiplied with its own gate's."""
+    weight, gamma, beta = (random(shape, dtype, device) for shape in ((2 * outputs, inputs), inputs, inputs))
+    weight *= torch.logspace(-1, 1, 2 * outputs, device=device).to(dtype)[:, None]
+    bias = 10 * random(2 * outputs, dtype, device) if biased else None
+    ours = gated_bound.gated_bound(weight, bias, gamma, beta)
+    exact = gated_bound.reference(*(None if t is None else t.double() for t in (weight, bias, gamma, beta)))
+    assert ours.dtype is torch.float32 and ours.max().item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_gated_bound_takes_pairs_of_rows(device):
+    weight, norm = torch.ones(4, 8, device=device), torch.ones(8, device=device)
+    with pytest.raises(UserError, match=r"gated_bound: gamma has shape \[7\], \[8\] was expected"):
+        gated_bound.gated_bound(weight, None, norm[:7], norm)
+    with pytest.raises(UserError, match=r"weight has shape \[3, 8\], \[2, 8\] was expected"):
+        gated_bound.gated_bound(weight[:3], None, norm, norm)
+    with pytest.raises(UserError, match="values and gates of 1 to 16384 inputs"):
+        gated_bound.gated_bound(weight[:0], None, norm, norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,11 +14,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_sdxl
 from torch import nn
 
-from sdopt.engine import fp8, fused
+from sdopt.engine import bounds, fp8, fused
 from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
-from sdopt.kernels import linear_geglu, prompt_attention, to_float8
+from sdopt.kernels import gated_bound, linear_geglu, prompt_attention, to_float8
 
 STEP, LAST = 2.0**-4, 2.0**-10
 SUMMED = 2.0**-10  # of the sum of absolute products: tensor cores add in fewer bits than float32 has; the result in bfloat16
@@ -48,7 +48,9 @@ def assert_product(ours, x, weight, bias, x_scale, weight_scale):
 
 def made(inputs, outputs, device, bias=True, parts=1, scales="row", largest=4.0):
     linears = [nn.Linear(inputs, outputs, bias).to(device, torch.bfloat16) for _ in range(parts)]
-    layer = Layer(linears, lambda: torch.tensor(largest, device=device), Rounding(scales, "all"))
+    norm = nn.LayerNorm(inputs).to(device, torch.bfloat16)  # which gives `largest`, and nothing else
+    nn.init.zeros_(norm.weight), nn.init.constant_(norm.bias, largest)
+    layer = Layer(linears, (norm,), Rounding(scales, "all"))
     with torch.no_grad():
         layer.gather()
     return linears, layer
@@ -120,25 +122,56 @@ def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
     norm, wide = nn.LayerNorm(64), nn.Linear(64, 96)
     norm.weight.copy_(torch.randn(64)), norm.bias.copy_(torch.randn(64))
     farthest = norm(100 * torch.cat([torch.eye(64), -torch.eye(64)])).abs().max()
-    assert 0.98 * fp8.of_norm(norm) < farthest <= fp8.of_norm(norm)
+    assert 0.98 * bounds.of_norm(norm) < farthest <= bounds.of_norm(norm)
     directions = (wide.weight * norm.weight)[:, :]
     x = torch.cat([s * (directions[:48] + t * directions[48:]) for s in (100, -100) for t in (-1, 0, 1)])
     x = torch.cat([x, 100 * torch.randn(4096, 64)])
     value, gate = wide(norm(x)).chunk(2, -1)
     farthest = (value * nn.functional.gelu(gate)).abs().max()
-    assert 0.2 * fp8.of_gated(norm, wide) < farthest <= fp8.of_gated(norm, wide)
+    assert 0.2 * bounds.of_gated(norm, wide) < farthest <= bounds.of_gated(norm, wide)
+
+
+@pytest.mark.parametrize("scales", fp8.SCALES)
+@torch.no_grad()
+def test_what_is_gathered_together_is_what_each_layer_gathers_alone(device, scales):
+    """Of layers of several sizes, with and without a bound; and what bounds them by another way."""
+    unet = tiny_sdxl().unet.bfloat16().to(device, memory_format=torch.channels_last)
+    for norm in (m for m in unet.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)):
+        norm.weight.copy_(torch.randn_like(norm.weight)), norm.bias.copy_(torch.randn_like(norm.bias))
+    layers = list(fp8.every_layer(unet, scales).values())
+    numbers = lambda: [
+        part.float() for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)
+    ]
+    for each in layers:
+        each.gather()
+    alone = [part.clone() for part in numbers()]
+    for part in (part for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)):
+        part.zero_()
+    fp8.gather(layers)
+    assert len(layers) > 15 and all(map(torch.equal, numbers(), alone)) and all(part.abs().max() > 0 for part in alone)
+    for each in layers:
+        if each.bounded:
+            assert each.takes.item() == pytest.approx(bound_by_hand(*each.after) / 448, rel=1e-5)
+
+
+def bound_by_hand(norm, wide=None):
+    if wide is not None:
+        tensors = (wide.weight, wide.bias, norm.weight, norm.bias)
+        return 1.01 * gated_bound.reference(*(tensor.double() for tensor in tensors)).item()
+    numbers = norm.num_channels // norm.num_groups * 128 * 128 if isinstance(norm, nn.GroupNorm) else len(norm.weight)
+    return (norm.weight.double().abs() * numbers**0.5 + norm.bias.double().abs()).max().item()
 
 
 @torch.no_grad()
 def test_nothing_a_group_norm_gives_is_beyond_its_bound(monkeypatch):
     """One number of a group far from all others, of which there are as many as the bound is for."""
-    monkeypatch.setattr(fp8, "POSITIONS", 12)
+    monkeypatch.setattr(bounds, "POSITIONS", 12)
     norm = nn.GroupNorm(4, 16)
     norm.weight.copy_(torch.randn(16)), norm.bias.copy_(torch.randn(16))
     x = torch.zeros(16, 16, 3, 4)
     x[torch.arange(16), torch.arange(16), 1, 2] = 100
     farthest = torch.cat([norm(x), norm(-x), nn.functional.silu(norm(x))]).abs().max()
-    assert 0.95 * fp8.of_group_norm(norm) < farthest <= fp8.of_group_norm(norm)
+    assert 0.95 * bounds.of_group_norm(norm) < farthest <= bounds.of_group_norm(norm)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 5, 4), (1, 128, 8, 8)], ids=str)
@@ -153,7 +186,7 @@ def test_a_residual_block_is_off_by_what_rounding_alone_costs(device, shape):
     call = lambda block, dtype, device="cpu": block(x.to(device, dtype), temb.to(device, dtype)).double().cpu()
     exact, by_hand = copy.deepcopy(block).double(), copy.deepcopy(block).double()
     for norm, conv in ((by_hand.norm1, by_hand.conv1), (by_hand.norm2, by_hand.conv2)):
-        takes = (fp8.of_group_norm(norm) / 448).float()
+        takes = (bounds.of_group_norm(norm) / 448).float()
         weight = to_float8.reference(conv.weight.permute(0, 2, 3, 1).flatten(1), "row")
         conv.weight.data = exactly(weight).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
         conv.register_forward_pre_hook(lambda module, args, takes=takes: (rounded(args[0], takes),))
@@ -161,8 +194,7 @@ def test_a_residual_block_is_off_by_what_rounding_alone_costs(device, shape):
     fused.fuse(block.to(device, memory_format=torch.channels_last))
     plain = call(block, torch.bfloat16, device)
     layers = fp8.layers([], Rounding("row", "all"), [block])
-    for layer in layers.values():
-        layer.gather()
+    fp8.gather(list(layers.values()))
     with using(Once([], [], [], None, (), layers), {}):
         ours = call(block, torch.bfloat16, device)
     off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
@@ -194,10 +226,10 @@ def rounded_by_hand(unet, scales):
     for block, own in zip(blocks(unet), blocks(given), strict=True):
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
         places = {
-            **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (fp8.of_norm, (own.norm1,))),
-            block.attn2.to_q: (fp8.of_norm, (own.norm2,)),
-            wide: (fp8.of_norm, (own.norm3,)),
-            narrow: (fp8.of_gated, (own.norm3, own.ff.net[0].proj)),
+            **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (bounds.of_norm, (own.norm1,))),
+            block.attn2.to_q: (bounds.of_norm, (own.norm2,)),
+            wide: (bounds.of_norm, (own.norm3,)),
+            narrow: (bounds.of_gated, (own.norm3, own.ff.net[0].proj)),
             block.attn2.to_out[0]: (lambda: torch.tensor(0.0), ()),  # what no weights tell: the values' largest
         }
         values = []
@@ -245,12 +277,11 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enoug
     fused.fuse(model.to(device))
     plain = call(model, torch.bfloat16, device)
     layers = fp8.layers(model.transformer_blocks, Rounding(scales, "all"))
-    for layer in layers.values():
-        layer.gather()
+    fp8.gather(list(layers.values()))
     of_prompt = {}
     for attn in (block.attn2 for block in model.transformer_blocks):
         k, v = fused.keys_and_values(attn, text.to(device, torch.bfloat16))
-        of_prompt[attn] = k, v, fp8.of_values(v)
+        of_prompt[attn] = k, v, bounds.of_values(v)
     with using(Once([], [], [], None, (), layers), of_prompt):
         ours = call(model, torch.bfloat16, device)
     off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
@@ -274,8 +305,7 @@ def test_a_first_half_without_a_bias_is_gated_apart(device):
     plain = call()
     for scales in fp8.SCALES:
         layers = fp8.layers(model.transformer_blocks, Rounding(scales, "all"))
-        for layer in layers.values():
-            layer.gather()
+        fp8.gather(list(layers.values()))
         with using(Once([], [], [], None, (), layers), {}):
             assert (call() - plain).abs().max() < 0.1 * plain.abs().max()
 
@@ -283,7 +313,7 @@ def test_a_first_half_without_a_bias_is_gated_apart(device):
 def test_an_output_of_attention_is_not_beyond_the_largest_value():
     q, v = torch.randn(2, 5, 8), torch.randn(2, 1, 8)  # a single key: nothing else to look at
     seen = prompt_attention.reference(q, torch.randn(2, 1, 8), v, 2)
-    assert torch.equal(fp8.of_values(v) * 448, v.abs().max()) and seen.abs().max() == v.abs().max()
+    assert torch.equal(bounds.of_values(v) * 448, v.abs().max()) and seen.abs().max() == v.abs().max()
 
 
 def test_what_is_worth_it_is_a_question_of_size():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from tiny import draw, native, psnr
+from tiny import draw, native, psnr, tiny_sdxl
+from torchao.quantization import Float8Tensor
 
 from sdopt.attention import fuse_qkv
 from sdopt.compilation import compile_pipeline
@@ -185,6 +186,9 @@ def test_torchaos_fp8_takes_the_layers_that_int8s_rules_leave(pocket, monkeypatc
 
     def quantize(root, config, chosen):
         assert [type(part).__name__ for part in config.granularity] == ["PerRow", "PerRow"]
+        zeros = torch.zeros(2, 16).bfloat16()  # what attention makes of SDXL's empty prompt: its embeddings are zeros
+        rounded = Float8Tensor.from_hp(zeros, hp_value_lb=config.activation_value_lb, hp_value_ub=config.activation_value_ub)
+        assert torch.equal(rounded.dequantize(), zeros)
         taken.extend(name for name, part in root.named_modules() if chosen(part, name))
 
     monkeypatch.setattr("sdopt.quantization.has_fp8", lambda device: True)
@@ -204,3 +208,17 @@ def test_gpu_torchaos_fp8_draws_nearly_the_same(pocket):
     fuse_qkv(pipe)
     torchao_fp8(pipe)
     assert torchao_fp8_layers(pipe) > 20 and psnr(draw(pipe, **native(pipe)), before) > 20
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_torchaos_fp8_survives_a_prompt_of_zeros():
+    """SDXL's empty prompt: its values are zeros, and so is what attention over it gives to the next layer."""
+    if not has_fp8("cuda"):
+        pytest.skip("this GPU has no fp8")
+    pipe = torchao_fp8(tiny_sdxl().to("cuda", torch.bfloat16))
+    assert torchao_fp8_layers(pipe) > 5
+    new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    added = {"text_embeds": 0 * new(1, pipe.text_encoder_2.config.projection_dim), "time_ids": new(1, 6)}
+    text = 0 * new(1, 77, pipe.unet.config.cross_attention_dim)
+    assert pipe.unet(new(1, 4, 16, 16), 500, text, added_cond_kwargs=added).sample.isfinite().all()

@@ -33,7 +33,7 @@ def test_a_row_on_a_cpu_knows_who_attended_and_no_kernels(profiled):
 
 
 def test_a_row_knows_the_kernels_of_each_batch_its_unet_sees(profiled, monkeypatch):
-    times = iter((0.004, 0.003))
+    times = iter((0.009, 0.004, 0.008, 0.007, 0.003))  # the last of each counts: the first have once to do what holds for all
 
     def profile(call):
         call()

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sdopt import attention, compilation, drawing, engine, intervals, models, precision, quality, timing
 from sdopt.bench.fusions import CACHE, in_turn
-from sdopt.engine import fp8
+from sdopt.engine import bounds, fp8
 from sdopt.fp8figures import multiplications, whole
 from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, to_float8
 from sdopt.pocket.captions import test_prompts
@@ -195,8 +195,7 @@ def layer_errors(unet, call):
     for hook in hooks:
         hook.remove()
     for layers in kinds.values():
-        for layer in layers.values():
-            layer.gather()
+        fp8.gather(list(layers.values()))
     rows = []
     for place, x in inputs.items():
         of_place = {scales: layers[place] for scales, layers in kinds.items()}
@@ -214,8 +213,8 @@ def _linear_off(layers, x):
         exact = linear(given.float(), weight.float(), None if bias is None else bias.float())
         ways = {"bf16": linear(given, weight, bias)}
         for scales, layer in layers.items():
-            if layer.by_row or not (ending and layer.largest):  # what no norm gives is beyond a bound from norms
-                takes = fp8.of_values(given) if layer.takes is None else layer.takes
+            if layer.by_row or not (ending and layer.after):  # what no norm gives is beyond a bound from norms
+                takes = bounds.of_values(given) if layer.takes is None else layer.takes
                 ways[scales] = layer(to_float8.to_float8(given.contiguous(), takes))
         off |= {way + ending: relative(y, exact) for way, y in ways.items()}
     return off

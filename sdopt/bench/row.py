@@ -206,7 +206,7 @@ def measure(state, tell, job):
 
 
 def how_it_ran(pipe, job, call_kwargs, memory_of):
-    """What a row says of itself beside its numbers; draws two more steps, under the profiler."""
+    """What a row says of itself beside its numbers; draws a few more steps, under the profiler."""
     attended, kernels = unet_profile(pipe, job, call_kwargs)
     switches = as_run(pipe) | {"peak_memory_of": memory_of} | attended
     return {"drawn_with": drawn_with(pipe, job, call_kwargs), "as_run": switches} | kernels
@@ -239,10 +239,11 @@ def as_run(pipe):
 
 
 def unet_profile(pipe, job, call_kwargs):
-    """Which kernels attend in the UNet, and its calls' kernels by kind, from a profile of two more steps.
+    """Which kernels attend in the UNet, and its calls' kernels by kind, from a profile of a few more steps.
 
     ({"attention": [...]}, {"unet_kernels": [{"samples", "ms": {kind: ms}, "longest": {kind: {name: ms}}}]}), of the latter
-    one for each batch that the UNet sees; empty on a CPU, which has no kernels to see.
+    one for each batch that the UNet sees: of its last call, which computes nothing that is computed once a picture. Empty on a
+    CPU, which has no kernels to see.
     """
     calls = {}
 
@@ -251,7 +252,8 @@ def unet_profile(pipe, job, call_kwargs):
         calls[len(sample)] = profiling.profile(lambda: answer.append(run(sample, *args, **kwargs)))
         return answer[0]
 
-    draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": 2})
+    steps = 5 if "cfg_cutoff" in job.recipe.steps else 2  # two of each batch at the least, where guidance ends after 40 %
+    draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": steps})
     try:
         with timing.around_calls(pipe.unet, profiled):
             draw(0, "latent")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import conv2d, linear
 
 from sdopt import timing
-from sdopt.engine import fp8
+from sdopt.engine import bounds, fp8
 from sdopt.kernels import to_float8
 from sdopt.kernels.conv_float8 import flat
 
@@ -30,14 +30,14 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
     with ExitStack() as stack:
         for layer in fp8.every_layer(unet, scales).values():
             if isinstance(layer, fp8.Convolution):
-                weight, takes = to_float8.reference(flat(layer.conv.weight.detach())), fp8.scale_of(fp8.of_group_norm(layer.norm))
+                weight, takes = to_float8.reference(flat(layer.conv.weight.detach())), bounds.scale_of(*bounds.of_each([layer.after]))
                 stack.enter_context(timing.swapped(layer.conv, "forward", partial(_convolved, layer.conv, weight, takes)))
                 rounded[names[layer.conv]] = layer.conv
                 continue
             takes = of = "row"
             if not layer.by_row:
-                takes = layer.largest and fp8.scale_of(layer.largest())
-                of = fp8.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
+                takes = layer.after and bounds.scale_of(*bounds.of_each([layer.after]))
+                of = bounds.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
             for part in layer.parts:
                 weight = to_float8.reference(part.weight.detach(), of)
                 stack.enter_context(timing.swapped(part, "forward", partial(_forward, part, weight, takes)))
@@ -52,7 +52,7 @@ def back(scaled: to_float8.Scaled) -> torch.Tensor:
 
 
 def _forward(part, weight, takes, x):
-    takes = fp8.of_values(x) if takes is None else takes
+    takes = bounds.of_values(x) if takes is None else takes
     bias = None if part.bias is None else part.bias.float()
     return linear(back(to_float8.reference(x, takes)), back(weight), bias).to(part.weight.dtype)
 

@@ -30,26 +30,24 @@ Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from sdopt.engine import plain
+from sdopt.engine import bounds, plain
 from sdopt.errors import UserError, first_line
 from sdopt.kernels import launch
 from sdopt.kernels.conv_float8 import conv_float8, flat
 from sdopt.kernels.linear_geglu import linear_geglu
-from sdopt.kernels.to_float8 import CAPABILITY, E4M3, LARGEST, TINIEST, Scaled, to_float8
+from sdopt.kernels.to_float8 import CAPABILITY, E4M3, Scaled, to_float8
 
 SCALES, FILTERS = ("row", "tensor"), ("measured", "all")
 DTYPE, MULTIPLE = torch.bfloat16, 16
 # Multiplications of a product, rows * inputs * outputs, from which on it is faster in e4m3, by its scales: what makes the layers
 # of the sweep fp8-shapes fastest in sum, as recorded on an H200; and of a convolution, positions * 9 * inputs * outputs.
 FEWEST, FEWEST_OF_CONVOLUTION = {"row": 2**31, "tensor": 2**26}, 2**32
-POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 
 
 @dataclass(frozen=True)
@@ -112,21 +110,22 @@ def product(x: Scaled, weight: Scaled, bias: torch.Tensor | None = None) -> torc
 class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
-    `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `largest()`: a number
-    that no input is beyond; both None where only what is before it can tell. `bounded`: input and weights have one scale even where the others have
-    a scale a row.
+    `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `after`: what a bound of its
+    input follows from, a layer norm or that and a gated layer; both None where only what is before it can tell. `whole`: input and
+    weights have one scale even where the others have a scale a row.
     """
 
     used = False
 
-    def __init__(self, parts, largest, rounding, bounded=False):
-        self.parts, self.largest, self._all = parts, largest, rounding.filter == "all"
+    def __init__(self, parts, after, rounding, whole=False):
+        self.parts, self.after, self._all = parts, after, rounding.filter == "all"
         self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
-        self.by_row = rounding.scales == "row" and not bounded
+        self.by_row = rounding.scales == "row" and not whole
         values = new(sum(self.sizes), parts[0].in_features, dtype=E4M3)
         self.weight = Scaled(values, new(len(values), 1) if self.by_row else new())
-        self.takes = "row" if self.by_row else new() if largest else None
+        self.bounded = not self.by_row and after is not None
+        self.takes = "row" if self.by_row else new() if self.bounded else None
         self.can_gate = parts[0].bias is not None
 
     def __call__(self, x: Scaled) -> torch.Tensor:
@@ -143,17 +142,14 @@ class Layer:
         return self._all or pays(rows, *self.weight.values.T.shape, "row" if self.by_row else "tensor")
 
     def gather(self):
-        """Round the weights as they are now."""
-        scales, values, scale = "row", self.weight.values.split(self.sizes), [self.weight.scale] * len(self.parts)
-        if self.by_row:
-            scale = self.weight.scale.split(self.sizes)
-        else:
-            largest = [torch.linalg.vector_norm(part.weight, float("inf")) for part in self.parts]
-            scales = self.weight.scale.copy_(scale_of(torch.stack(largest).amax()))
-            if self.largest:
-                self.takes.copy_(scale_of(self.largest()))
-        for part, *out in zip(self.parts, values, scale):
-            to_float8(part.weight, scales, Scaled(*out))
+        """`gather` it alone."""
+        gather([self])
+
+    def round(self):
+        """Write the weights as they are now in e4m3; by the one scale, where they have one."""
+        scale = self.weight.scale.split(self.sizes) if self.by_row else [self.weight.scale] * len(self.parts)
+        for part, *out in zip(self.parts, self.weight.values.split(self.sizes), scale):
+            to_float8(part.weight, "row" if self.by_row else self.weight.scale, Scaled(*out))
 
 
 class Convolution:
@@ -162,10 +158,10 @@ class Convolution:
     `takes`: the scale that the norm is to write it with.
     """
 
-    used = False
+    used, by_row, bounded = False, True, True
 
     def __init__(self, conv, norm, rounding):
-        self.conv, self.norm, self._all = conv, norm, rounding.filter == "all"
+        self.conv, self.after, self._all = conv, (norm,), rounding.filter == "all"
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=conv.weight.device, dtype=dtype)
         outputs = conv.out_channels
         self.weight, self.takes = Scaled(new(outputs, 9 * conv.in_channels, dtype=E4M3), new(outputs, 1)), new()
@@ -181,9 +177,30 @@ class Convolution:
         return self._all or fast
 
     def gather(self):
-        """Round the weights as they are now."""
-        self.takes.copy_(scale_of(of_group_norm(self.norm)))
+        """`gather` it alone."""
+        gather([self])
+
+    def round(self):
+        """Write the weights as they are now in e4m3."""
         to_float8(flat(self.conv.weight), out=self.weight)
+
+
+def gather(layers):
+    """Round the weights of `layers` as they are now, and bound their inputs by what is before: for all of them at once."""
+    if whole := [layer for layer in layers if not layer.by_row]:  # parts of one input share a scale, by the largest of theirs
+        most = max(len(layer.parts) for layer in whole)
+        of_part = [layer.parts[min(n, len(layer.parts) - 1)] for layer in whole for n in range(most)]
+        apart = list(dict.fromkeys(of_part))
+        largest = dict(zip(apart, bounds.of_all([part.weight for part in apart])))
+        _put([layer.weight.scale for layer in whole], torch.stack([largest[part] for part in of_part]).view(-1, most).amax(1))
+    if bounded := [layer for layer in layers if layer.bounded]:
+        _put([layer.takes for layer in bounded], torch.stack(bounds.of_each([layer.after for layer in bounded])))
+    for layer in layers:
+        layer.round()
+
+
+def _put(scales, largest):
+    torch._foreach_copy_(scales, list(bounds.scale_of(largest)))
 
 
 def every_layer(unet: nn.Module, scales: str) -> dict[nn.Module, Layer | Convolution]:
@@ -208,54 +225,18 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
         bounded = plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
         cross = plain.attention(block.attn2)
         places = {
-            block.attn1: (_projections(block.attn1), of_norm, (block.norm1,)),
-            block.attn2: ([block.attn2.to_q] if cross else [], of_norm, (block.norm2,)),  # by row no faster than in bfloat16
-            block.attn2.to_out[0]: ([block.attn2.to_out[0]] if cross else [], None, ()),
-            wide: ([wide], of_norm, (block.norm3,)),
-            narrow: ([narrow] if bounded or rounding.scales == "row" else [], of_gated, (block.norm3, wide)),
+            block.attn1: (_projections(block.attn1), (block.norm1,)),
+            block.attn2: ([block.attn2.to_q] if cross else [], (block.norm2,)),  # by row no faster than in bfloat16
+            block.attn2.to_out[0]: ([block.attn2.to_out[0]] if cross else [], None),
+            wide: ([wide], (block.norm3,)),
+            narrow: ([narrow] if bounded or rounding.scales == "row" else [], (block.norm3, _merged(wide))),
         }
-        for place, (parts, largest, of) in places.items():
+        for place, (parts, after) in places.items():
             parts = [_merged(part) for part in parts]
             if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
-                bound = largest and partial(largest, *of)
-                one_scale = place is narrow and wide in found and found[wide].can_gate or place is block.attn2 or not bound
-                found[place] = Layer(parts, bound, rounding, one_scale)
+                whole = place is narrow and wide in found and found[wide].can_gate or place is block.attn2 or not after
+                found[place] = Layer(parts, after, rounding, whole)
     return found
-
-
-def of_values(v: torch.Tensor) -> torch.Tensor:
-    """The scale of what attention gives: means of the values `v`, of which none is beyond the largest of them."""
-    return scale_of(torch.linalg.vector_norm(v, float("inf")))
-
-
-def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
-    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most.
-
-    Introduced in notebooks/13_fp8.
-    """
-    return (norm.weight.float().abs() * len(norm.weight) ** 0.5 + norm.bias.float().abs()).max()
-
-
-def of_group_norm(norm: nn.GroupNorm) -> torch.Tensor:
-    """A number that nothing a group norm gives of an image of up to POSITIONS is beyond, nor SiLU of it.
-
-    Of a larger image, too, unless one number in a group deviates by more than all the others together many times over.
-    """
-    count = norm.num_channels // norm.num_groups * POSITIONS
-    return (norm.weight.float().abs() * count**0.5 + norm.bias.float().abs()).max()
-
-
-def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
-    """A number that GEGLU of a layer norm's linear layer is not beyond, by Cauchy and Schwarz; |gelu(z)| is at most |z|.
-
-    Up to what the weights' dtype rounds off, for which it is a hundredth larger.
-    """
-    wide = _merged(wide)
-    centre = (wide.weight @ norm.bias).float() + (0 if wide.bias is None else wide.bias.float())
-    exact = torch.promote_types(wide.weight.dtype, torch.float32)
-    spread = torch.linalg.vector_norm(wide.weight * norm.weight, dim=1, dtype=exact) * len(norm.weight) ** 0.5
-    values, gates = (spread + centre.abs()).chunk(2)
-    return 1.01 * (values * gates).max()
 
 
 def _projections(attn):
@@ -285,8 +266,3 @@ def _fits_convolution(conv):
         and conv.weight.dtype is DTYPE
         and conv.in_channels % MULTIPLE == 0
     )
-
-
-def scale_of(largest: torch.Tensor) -> torch.Tensor:
-    """The one scale that numbers up to `largest` fit with: float32."""
-    return largest.float().clamp(min=TINIEST) / LARGEST

@@ -78,9 +78,8 @@ class _Entry:
         of_prompt = self.of_prompt = self.held.read_prompt(self.places["encoder_hidden_states"])
 
         def read_prompt():
-            for layer, new in self.held.read_prompt(self.places["encoder_hidden_states"]).items():
-                for kept, tensor in zip(of_prompt[layer], new):
-                    kept.copy_(tensor)
+            new = self.held.read_prompt(self.places["encoder_hidden_states"])
+            torch._foreach_copy_(*([tensor for each in of.values() for tensor in each] for of in (of_prompt, new)))
 
         self.read_prompt, _ = graphs.capture(read_prompt, unet.memory)
 
@@ -117,12 +116,7 @@ def _held(unet, rounding):
     selves = [block.attn1 for block in blocks if plain.joinable(block.attn1) and block.attn1 not in rounded]
     upsamplers = [m for m in unet.modules() if type(m) is Upsample2D and plain.upsample(m)]
     ends = {model: pair for model in transformers if (pair := plain.ends(model))}
-
-    def of_prompt(layer, text):
-        k, v = fused.keys_and_values(layer, text)
-        return (k, v, fp8.of_values(v)) if layer.to_out[0] in rounded else (k, v)
-
-    return Once(resnets, layers, upsamplers, of_prompt, selves, rounded, ends)
+    return Once(resnets, layers, upsamplers, fused.keys_and_values, selves, rounded, ends)
 
 
 def _named(sample, timestep, text, args, kwargs):

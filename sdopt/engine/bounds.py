@@ -1,0 +1,90 @@
+"""Numbers that the input of a layer is not beyond, as they follow from the weights before it: the scales of what has one for all.
+
+Of many layers at once: one by one they would be some forty short operations a layer, which take a GPU longer than the rounding
+of all weights.
+"""
+
+import torch
+from torch import nn
+
+from sdopt.kernels import launch
+from sdopt.kernels.gated_bound import gated_bound, reference
+from sdopt.kernels.to_float8 import LARGEST, TINIEST
+
+POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
+
+
+def of_each(places: list[tuple[nn.Module, ...]]) -> list[torch.Tensor]:
+    """For what comes after each of `places`, a number that nothing there is beyond: float32, [].
+
+    A place: (a layer norm or group norm,) or (a layer norm, the linear layer between it and GEGLU).
+    """
+    normed, gated = ([n for n, place in enumerate(places) if len(place) == size] for size in (1, 2))
+    found = dict(zip(normed, _of_norms([places[n][0] for n in normed])))
+    found |= dict(zip(gated, _of_gated([places[n] for n in gated])))
+    return [found[n] for n in range(len(places))]
+
+
+def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
+    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most.
+
+    Introduced in notebooks/13_fp8.
+    """
+    return of_each([(norm,)])[0]
+
+
+def of_group_norm(norm: nn.GroupNorm) -> torch.Tensor:
+    """A number that nothing a group norm gives of an image of up to POSITIONS is beyond, nor SiLU of it.
+
+    Of a larger image, too, unless one number in a group deviates by more than all the others together many times over.
+    """
+    return of_each([(norm,)])[0]
+
+
+def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
+    """A number that GEGLU of a layer norm's linear layer is not beyond: see kernels/gated_bound.
+
+    Up to what the weights' dtype rounds off, for which it is a hundredth larger.
+    """
+    return of_each([(norm, wide)])[0]
+
+
+def of_all(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest absolute number of each."""
+    return list(torch._foreach_norm(tensors, float("inf"))) if tensors else []
+
+
+def of_values(v: torch.Tensor) -> torch.Tensor:
+    """The scale of what attention gives: means of the values `v`, of which none is beyond the largest of them."""
+    return scale_of(torch.linalg.vector_norm(v, float("inf")))
+
+
+def scale_of(largest: torch.Tensor) -> torch.Tensor:
+    """The one scale that numbers up to `largest` fit with, of each: float32."""
+    return largest.float().clamp(min=TINIEST) / LARGEST
+
+
+def _of_norms(norms):
+    alike, found = {}, [None] * len(norms)
+    for n, norm in enumerate(norms):
+        alike.setdefault((len(norm.weight), _numbers(norm)), []).append(n)
+    for (_, numbers), places in alike.items():
+        weight, bias = (torch.stack([getattr(norms[n], name) for n in places]).float().abs() for name in ("weight", "bias"))
+        for n, bound in zip(places, (weight * numbers**0.5 + bias).amax(1)):
+            found[n] = bound
+    return found
+
+
+def _numbers(norm):
+    """How many numbers it normalises together, at the most."""
+    return norm.num_channels // norm.num_groups * POSITIONS if isinstance(norm, nn.GroupNorm) else len(norm.weight)
+
+
+def _of_gated(pairs):
+    bound = gated_bound if launch.INTERPRETED or (pairs and pairs[0][0].weight.is_cuda) else _by_pytorch
+    parts = [bound(wide.weight, wide.bias, norm.weight, norm.bias) for norm, wide in pairs]
+    return torch._foreach_mul(of_all(parts), 1.01) if parts else []
+
+
+def _by_pytorch(*tensors):
+    return reference(*(None if tensor is None else tensor.float() for tensor in tensors))

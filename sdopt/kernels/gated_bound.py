@@ -1,0 +1,82 @@
+"""A number that GEGLU of a layer norm's linear layer is not beyond, whatever is normalised, from the weights alone.
+
+    x = n * gamma + beta,  |n| = sqrt(inputs) at most                          (a layer norm's output)
+    z_i = w_i . x + b_i,   |z_i| <= |w_i * gamma| * sqrt(inputs) + |w_i . beta + b_i|      (Cauchy and Schwarz)
+    |value * gelu(gate)| <= max_i |z_i| * |z_(i + outputs)|                    (|gelu(z)| is at most |z|)
+
+Bytes: the weights, read once. In PyTorch's operations what is weighed by gamma is written and read again, and beta is a product
+of its own: three times the bytes, and a dozen kernels. A program sees some rows of values and the rows of their gates, and
+leaves the largest product among them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sdopt.errors import UserError
+from sdopt.kernels import launch
+
+NAME = "gated_bound"
+LONGEST = 16384  # inputs that a program can hold
+
+
+def gated_bound(weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """The bounds of some outputs each, float32 [programs]: the largest of them is that of all.
+
+    `weight`: [2n, inputs], values first, contiguous; `bias`: [2n] or None; `gamma`, `beta`: [inputs], the layer norm's weight
+    and bias; float32, float16 or bfloat16. Raises UserError for other shapes, layouts or dtypes. Introduced in
+    notebooks/13_fp8.
+    """
+    launch.check(NAME, weight, bias=bias, gamma=gamma, beta=beta)
+    outputs, inputs = weight.shape[0] // 2, weight.shape[-1]
+    launch.check_shape(NAME, "weight", weight, (2 * outputs, inputs))
+    launch.check_shape(NAME, "bias", bias, (2 * outputs,))
+    for name, tensor in (("gamma", gamma), ("beta", beta)):
+        launch.check_shape(NAME, name, tensor, (inputs,))
+    if not 0 < inputs <= LONGEST or not outputs:
+        raise UserError(f"{NAME} takes values and gates of 1 to {LONGEST} inputs, not {list(weight.shape)}")
+    wide = triton.next_power_of_2(inputs)
+    tall = max(1, min(4, 4096 // wide))
+    out = torch.empty(triton.cdiv(outputs, tall), device=weight.device, dtype=torch.float32)
+    launch.start(
+        _gated_bound,
+        (len(out),),
+        *(weight, weight if bias is None else bias, gamma, beta, out, outputs, inputs, tall, wide, bias is not None),
+        num_warps=4 if wide * tall <= 4096 else 8,
+    )
+    return out
+
+
+def reference(weight, bias, gamma, beta):
+    """The largest of what `gated_bound` computes, by PyTorch, in the dtype of its arguments."""
+    spread = torch.linalg.vector_norm(weight * gamma, dim=1) * len(gamma) ** 0.5
+    values, gates = (spread + (weight @ beta + (0 if bias is None else bias)).abs()).chunk(2)
+    return (values * gates).max()
+
+
+def bytes_moved(weight: torch.Tensor, *_) -> int:
+    """Bytes that must come: the weights."""
+    return weight.numel() * weight.itemsize
+
+
+@triton.jit
+def _bound(weight, bias, row, column, gamma, beta, here, inside, inputs, BIASED: tl.constexpr):
+    w = tl.load(weight + row.to(tl.int64)[:, None] * inputs + column[None, :], inside, 0.0).to(tl.float32)
+    weighed = w * gamma[None, :]
+    centre = tl.sum(w * beta[None, :], 1)
+    if BIASED:
+        centre += tl.load(bias + row, here, 0.0).to(tl.float32)
+    return tl.sqrt(tl.sum(weighed * weighed, 1) * inputs) + tl.abs(centre)
+
+
+@triton.jit
+def _gated_bound(
+    weight, bias, gamma, beta, out, outputs, inputs, TALL: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr
+):  # fmt: skip
+    row, column = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.arange(0, WIDE)
+    here, real = row < outputs, column < inputs
+    inside = here[:, None] & real[None, :]
+    by, to = tl.load(gamma + column, real, 0.0).to(tl.float32), tl.load(beta + column, real, 0.0).to(tl.float32)
+    values = _bound(weight, bias, row, column, by, to, here, inside, inputs, BIASED)
+    gates = _bound(weight, bias, row + outputs, column, by, to, here, inside, inputs, BIASED)
+    tl.store(out + tl.program_id(0), tl.max(values * gates, 0))
