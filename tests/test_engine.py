@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, hooks, once, pictures, plain
+from sdopt.engine import fused, graphs, hooks, once, pictures, plain, residual
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -80,8 +80,10 @@ def captured(request, monkeypatch):
             tensor.fill_(float("nan"))
 
     for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, prompt_attention, softmax):
-        monkeypatch.setattr(fused, kernel.NAME, kernel.reference)
-    monkeypatch.setattr(fused, upsample_conv.NAME, doubled)
+        for user in (fused, residual):
+            if hasattr(user, kernel.NAME):
+                monkeypatch.setattr(user, kernel.NAME, kernel.reference)
+    monkeypatch.setattr(residual, upsample_conv.NAME, doubled)
 
     def capture(call, memory):
         call()  # as before a true capture

@@ -11,7 +11,7 @@ from test_engine import RECORDED, captured, gpu_draw, on_gpu, small, tiny  # noq
 from tiny import psnr
 
 from sdopt import engine, guidance, models, precision
-from sdopt.engine import fp8
+from sdopt.engine import bounds, fp8
 from sdopt.errors import UserError
 from sdopt.kernels import conv_float8, launch, linear_geglu, to_float8
 
@@ -46,6 +46,7 @@ def rounding(captured, tiny, monkeypatch):  # noqa: F811
     """The tiny pipeline in bfloat16, on a GPU of compute capability 9.0, as far as it can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(fp8, "to_float8", by_reference)
+    monkeypatch.setattr(bounds, "gated_bound", bounds._by_pytorch)
     monkeypatch.setattr(fp8, "conv_float8", convolved)
     monkeypatch.setattr(fp8, "linear_geglu", gated)
     monkeypatch.setattr(linear_geglu, "ENOUGH", 1)

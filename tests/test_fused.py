@@ -8,8 +8,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdopt.engine import fused, plain
+from sdopt.engine import fused, plain, residual
 from sdopt.kernels import launch, linear_geglu
 from sdopt.kernels.prompt_attention import MOST_KEYS
 
@@ -44,8 +45,9 @@ def kernels(monkeypatch):
         *("group_norm", "add_layer_norm", "geglu", "linear_geglu", "bias_residual", "upsample_conv", "softmax"),
         "prompt_attention",
     ):
-        function = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
+        user = fused if hasattr(fused, name) else residual
+        function = getattr(user, name)
+        monkeypatch.setattr(user, name, lambda *a, n=name, f=function: (ran.append(n), f(*a))[1])
     return ran
 
 
@@ -67,16 +69,17 @@ def assert_same(ours, theirs):
 
 
 def counts(unet):
-    return [sum(type(m) is kind for m in unet.modules()) for kind in (ResnetBlock2D, Transformer2DModel, Upsample2D)]
+    kinds = (ResnetBlock2D, Transformer2DModel, Upsample2D, plain.UPS)
+    return [sum(type(m) in (kind if isinstance(kind, tuple) else (kind,)) for m in unet.modules()) for kind in kinds]
 
 
 @pytest.mark.parametrize("unet", ["sdxl", "sd15"], indirect=True)
 def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     call = unet_call(unet, batch=2)
     theirs = call()
-    resnets, transformers, upsamplers = counts(unet)
+    resnets, transformers, upsamplers, ups = counts(unet)
     blocks = sum(len(m.transformer_blocks) for m in unet.modules() if type(m) is Transformer2DModel)
-    assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers + upsamplers
+    assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers + upsamplers + ups
     assert_same(call(), theirs)
     assert [kernels.count(k) for k in ("group_norm", "bias_residual", "add_layer_norm", "geglu", "upsample_conv")] == [
         2 * resnets + transformers + 1,  # the last before the output
@@ -89,6 +92,48 @@ def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     fused.release(unet)
     kernels.clear()
     assert torch.equal(call(), theirs) and not kernels
+
+
+class Cats(TorchDispatchMode):
+    """Counts the images that are written side by side as one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.cat.default and args[0][0].ndim == 4 and args[1:] == (1,)
+        return function(*args, **kwargs or {})
+
+
+def lora_on_a_shortcut(unet):
+    targets = [name for name, _ in unet.up_blocks.named_modules() if name.endswith("conv_shortcut")][:1]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=[f"up_blocks.{name}" for name in targets], init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "written"),
+    [
+        (lambda unet: None, 0),
+        (lambda unet: unet.up_blocks[0].resnets[1].register_forward_pre_hook(lambda part, args: (args[0] + 1, args[1])), 1),
+        (lambda unet: unet.up_blocks[1].resnets[0].norm1.register_forward_hook(lambda part, args, out: out + 1), 1),
+        (lora_on_a_shortcut, 1),
+        (lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4), 4),
+    ],
+    ids=["as it is", "a hook on a block", "a hook on a norm", "a LoRA on a shortcut", "FreeU"],
+)
+def test_an_image_and_its_skip_connection_are_not_written_as_one(unet, kernels, change, written):
+    """But where somebody looks at what a block is given, or does something else with it."""
+    torch.manual_seed(2)
+    change(unet)
+    call = unet_call(unet, 4, 8, batch=2)
+    theirs = call()
+    fused.fuse(unet)
+    with Cats() as cats:
+        assert_same(call(), theirs)
+    assert cats.count == written and "group_norm" in kernels
+    fused.release(unet)
+    with Cats() as cats:
+        assert torch.equal(call(), theirs)
+    assert cats.count == 4
 
 
 def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, monkeypatch):

@@ -13,19 +13,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from sdopt.engine import once, plain
-from sdopt.kernels import launch
+from sdopt.engine.residual import normed, resnet, suits, up, upsample
 from sdopt.kernels.add_layer_norm import add_layer_norm
-from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.geglu import geglu
-from sdopt.kernels.group_norm import group_norm
 from sdopt.kernels.linear_geglu import fits as joins
-from sdopt.kernels.linear_geglu import linear_geglu, suits
+from sdopt.kernels.linear_geglu import linear_geglu
+from sdopt.kernels.linear_geglu import suits as suits_joined
 from sdopt.kernels.prompt_attention import fits, prompt_attention
 from sdopt.kernels.softmax import softmax
-from sdopt.kernels.upsample_conv import upsample_conv
 
 SCORES = 2**26  # of attention at once: 256 MiB in float32
 
@@ -60,39 +58,10 @@ def is_fused(block: nn.Module) -> bool:
     return (forward := _function(block)) is not None and forward is _forward_for(block)
 
 
-def resnet(block, x, temb=None, *args, **kwargs):
-    """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels."""
-    if args or kwargs or (temb is None) != (block.time_emb_proj is None) or not plain.resnet(block) or not _suits(x):
-        return type(block).forward(block, x, temb, *args, **kwargs)
-    x = x.contiguous(memory_format=torch.channels_last)
-    h = _normed_and_convolved(block.norm1, block.conv1, x)
-    shift = once.shift(block, temb)
-    if shift is None:
-        shift = block.conv1.bias
-        if block.time_emb_proj is not None:
-            shift = shift + block.time_emb_proj(silu(temb))
-    h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
-    bias = block.conv2.bias
-    if block.conv_shortcut is not None:
-        x = _convolved(block.conv_shortcut, x)
-        if block.conv_shortcut.bias is not None:
-            bias = bias + block.conv_shortcut.bias
-    return bias_residual(h, bias, x)
-
-
-def upsample(block, x, output_size=None, *args, **kwargs):
-    """`Upsample2D.forward` to twice the size, with a convolution."""
-    doubled = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
-    if args or kwargs or not doubled or not plain.upsample(block) or not _suits(x):
-        return type(block).forward(block, x, output_size, *args, **kwargs)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return upsample_conv(x, block.conv.weight, block.conv.bias, once.quarters(block))
-
-
 def transformer(model, hidden_states, encoder_hidden_states=None, *args, return_dict=True, **kwargs):
     """`Transformer2DModel.forward` of an image: every residual is added by the layer norm after it."""
     asked = [value for key, value in kwargs.items() if key != "timestep"]  # its blocks have no use for a timestep
-    if args or any(value is not None for value in asked) or not (plain.transformer(model) and _suits(hidden_states)):
+    if args or any(value is not None for value in asked) or not (plain.transformer(model) and suits(hidden_states)):
         return type(model).forward(
             model, hidden_states, encoder_hidden_states, *args, return_dict=return_dict, **kwargs
         )
@@ -110,7 +79,7 @@ def wide_attention(attn, x, encoder_hidden_states=None, attention_mask=None, **k
     In two products and a softmax, for as many positions at once as give SCORES.
     """
     asked = [encoder_hidden_states, attention_mask, *kwargs.values()]
-    if any(value is not None for value in asked) or not plain.wide_attention(attn) or not (x.ndim == 4 and _suits(x)):
+    if any(value is not None for value in asked) or not plain.wide_attention(attn) or not (x.ndim == 4 and suits(x)):
         return type(attn).forward(attn, x, encoder_hidden_states, attention_mask, **kwargs)
     x = x.contiguous(memory_format=torch.channels_last)
     tokens = _tokens(attn.group_norm, x)
@@ -142,7 +111,7 @@ def _transformer_block(block, h, pending, text):
 
 def _gated(wide, narrow, layer, x, rows):
     """The first half of a feed-forward, `layer` and GEGLU; `wide`, `narrow`: what stands for it and the second half in e4m3."""
-    if wide and narrow and wide.can_gate and not narrow.by_row and suits(rows, wide.weight.values.device):
+    if wide and narrow and wide.can_gate and not narrow.by_row and suits_joined(rows, wide.weight.values.device):
         return wide.gated(x, narrow.takes)
     if not (wide or narrow) and plain.is_stock(layer, kind=nn.Linear) and joins(x, layer.weight, layer.bias):
         return linear_geglu(x, layer.weight, layer.bias)
@@ -193,13 +162,6 @@ def keys_and_values(attn, seen):
     return attn.to_k(seen), attn.to_v(seen)
 
 
-def _suits(x):
-    """Whether the kernels can take `x`: they have no gradients, autocast does not know them, and they run where Triton does."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
-    return (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
-
-
 class _End:
     """A model's last norm and the SiLU after it, two modules, as one kernel: the norm does both."""
 
@@ -223,33 +185,21 @@ class _End:
         return isinstance(getattr(vars(module).get("forward"), "__self__", None), cls)
 
     def fits(self, x):
-        return _suits(x) and not any(part._forward_hooks or part._forward_pre_hooks for part in self.pair)
+        return suits(x) and not any(part._forward_hooks or part._forward_pre_hooks for part in self.pair)
 
     def normed(self, x):
         norm = self.pair[0]
         if not self.fits(x):
             return nn.GroupNorm.forward(norm, x)
-        return _normed(norm, x.contiguous(memory_format=torch.channels_last))
+        return normed(norm, x.contiguous(memory_format=torch.channels_last))
 
     def passed_on(self, x):
         return x if self.fits(x) else nn.SiLU.forward(self.pair[1], x)
 
 
-def _normed(norm, x, activation=True, shift=None, scale=None):
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation, scale)
-
-
-def _normed_and_convolved(norm, conv, x, shift=None):
-    """A norm of `x` and `shift`, SiLU, and the convolution after it without its bias; in e4m3 where it stands in that."""
-    in_e4m3 = once.rounded(conv, x.numel() // x.shape[1])
-    if in_e4m3:
-        return in_e4m3(_normed(norm, x, shift=shift, scale=in_e4m3.takes))
-    return _convolved(conv, _normed(norm, x, shift=shift))
-
-
 def _tokens(norm, x):
     """An image's positions, normalised, one after the other: [batch, positions, channels]."""
-    return _normed(norm, x, activation=False).permute(0, 2, 3, 1).flatten(1, 2)
+    return normed(norm, x, activation=False).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _added_to(x, tokens):
@@ -260,11 +210,6 @@ def _added_to(x, tokens):
 def _added(x, residual, norm, rounded=None):
     """The sum, and its norm; in e4m3 where the layer after it takes that."""
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, rounded and rounded.takes)
-
-
-def _convolved(conv, x):
-    """Without its bias."""
-    return conv2d(x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
 
 
 def _projected(layer, tokens):
@@ -284,5 +229,5 @@ def _forward_for(module):
     return FORWARDS.get(type(module))
 
 
-FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer, Upsample2D: upsample}
+FORWARDS = {ResnetBlock2D: resnet, Transformer2DModel: transformer, Upsample2D: upsample} | dict.fromkeys(plain.UPS, up)
 OURS = {wide_attention, *FORWARDS.values()}

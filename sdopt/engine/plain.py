@@ -5,10 +5,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 WIDEST = 256  # channels of a head that fused attention kernels take
+UPS = (CrossAttnUpBlock2D, UpBlock2D)
 REPLACED = {"forward", "_conv_forward"}  # what a module's own dict holds if somebody has put another there
 
 
@@ -51,6 +53,11 @@ def resnet(block):
         and None not in (block.conv1.bias, block.conv2.bias)
         and (block.time_emb_proj is None or block.time_emb_proj.bias is not None)
     )
+
+
+def up(block):
+    """Whether `block` is what goes up again in a UNet, with no FreeU to weigh its skip connections."""
+    return type(block) in UPS and all(getattr(block, factor, None) is None for factor in ("s1", "s2", "b1", "b2"))
 
 
 def upsample(block):

@@ -19,7 +19,9 @@ several. Three kernels for the others, of which no program sees a whole group:
 3. apply: reads x again, one multiplication and one addition, SiLU, and writes. It goes from the end to the start, since
    what was read last may still be in the GPU's cache.
 
-What a convolution in e4m3 is to read (`conv_float8`) is written so, at no further pass: with zeros after each line and image.
+What a convolution in e4m3 is to read (`conv_float8`) is written so, at no further pass: with zeros after each line and image. And
+two images side by side, an image and its skip connection, are read from where each is: to write them as one first (`torch.cat`)
+would be as much as another reading and writing of both.
 """
 
 import torch
@@ -48,19 +50,27 @@ def group_norm(
     shift: torch.Tensor | None = None,
     silu: bool = True,
     scale: torch.Tensor | None = None,
+    beside: torch.Tensor | None = None,
 ) -> torch.Tensor | Scaled:
     """Group normalisation, by default with SiLU after it; an image in channels_last, in and out.
 
     `x`: [batch, channels, height, width], float32, float16 or bfloat16, channels_last; `weight`, `bias`: [channels];
     `shift`: [channels] or [batch, channels], added to `x` first; its rows may be parts of longer ones. Sums in float32;
     the result has the dtype of `x`. With a `scale`, one float32 number, it is a `Scaled` image for `conv_float8`, values
-    [batch, height + 1, width + 1, channels] of which the last line and column are zeros.
+    [batch, height + 1, width + 1, channels] of which the last line and column are zeros. `beside`: an image of the same batch,
+    size and dtype, whose channels come after those of `x`; `channels` are then those of both.
     Raises UserError for other shapes, layouts, dtypes, or a number of groups that does not divide the channels.
     Source: https://arxiv.org/abs/1803.08494. Introduced in notebooks/11_fused_kernels.
     """
     launch.check_image(NAME, x)
-    launch.check(NAME, x, weight=weight, bias=bias, shift=shift)
-    batch, channels, height, width = x.shape
+    launch.check(NAME, x, weight=weight, bias=bias, shift=shift, beside=beside)
+    batch, own, height, width = x.shape
+    channels = own
+    if beside is not None:
+        launch.check_image(NAME, beside)
+        if beside.dtype != x.dtype or beside[:, 0].shape != x[:, 0].shape:
+            raise UserError(f"{NAME}: an image {list(x.shape)}, {x.dtype}, has beside it {list(beside.shape)}, {beside.dtype}")
+        channels += beside.shape[1]
     rows = height * width
     if channels % groups:
         raise UserError(f"{NAME}: {groups} groups do not divide {channels} channels")
@@ -69,18 +79,24 @@ def group_norm(
     shared = shift is None or shift.ndim == 1
     launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
     rounds = scale is not None
-    out = place(NAME, x, (batch, height + 1, width + 1, channels), scale) if rounds else torch.empty_like(x)
+    out = (
+        place(NAME, x, (batch, height + 1, width + 1, channels), scale)
+        if rounds
+        else x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+    )
     values, of_all = out if rounds else (out, x)
     size = channels // groups
     wide, high = triton.next_power_of_2(size), triton.next_power_of_2(rows)
     arguments = weight, bias, x if shift is None else shift
     stride = 0 if shared else shift.stride(0)
-    if is_whole(x, groups):
+    images = x, x if beside is None else beside, own
+    if is_whole(x, groups, beside):
         launch.start(
             _whole,
             (groups, batch),
-            *(x, values, of_all, *arguments, rows, width, channels, stride, eps),
+            *(*images, values, of_all, *arguments, rows, width, channels, stride, eps),
             *(size, high, wide, shift is not None, silu, triton.next_power_of_2(height + width + 1) if rounds else 0),
+            beside is not None,
             num_warps=min(16, max(4, high * wide // 2**11)),
         )
         return out
@@ -88,7 +104,12 @@ def group_norm(
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
     lines = torch.empty(2, batch, channels, device=x.device, dtype=torch.float32)
-    launch.start(_moments, (parts, strips, batch), x, moments, moments[1], rows, channels, tall, turns, CHANNELS, num_warps=4)
+    launch.start(
+        _moments,
+        (parts, strips, batch),
+        *(*images, moments, moments[1], rows, channels, tall, turns, CHANNELS, beside is not None),
+        num_warps=4,
+    )
     launch.start(
         _fold,
         (groups, batch),
@@ -100,14 +121,16 @@ def group_norm(
     launch.start(
         _apply,
         (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall), strips, batch),
-        *(x, values, of_all, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds),
+        *(*images, values, of_all, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds, beside is not None),
         num_warps=4,
     )
     return out
 
 
-def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True, scale=None):
+def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True, scale=None, beside=None):
     """What `group_norm` computes, by PyTorch, in the dtype of its arguments."""
+    if beside is not None:
+        x = torch.cat((x, beside), 1)
     if shift is not None:
         x = x + shift.reshape(-1, x.shape[1], 1, 1)
     y = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
@@ -120,9 +143,9 @@ def bytes_moved(x: torch.Tensor, groups: int, *_) -> int:
     return (2 if is_whole(x, groups) else 3) * x.numel() * x.itemsize
 
 
-def is_whole(x: torch.Tensor, groups: int) -> bool:
+def is_whole(x: torch.Tensor, groups: int, beside: torch.Tensor | None = None) -> bool:
     """Whether one program keeps all numbers of a group."""
-    size, rows = x.shape[1] // groups, x.shape[2] * x.shape[3]
+    size, rows = (x.shape[1] + (0 if beside is None else beside.shape[1])) // groups, x.shape[2] * x.shape[3]
     return triton.next_power_of_2(size) * triton.next_power_of_2(rows) <= WHOLE
 
 
@@ -134,17 +157,31 @@ def _part(batch, rows, channels):
             return tall, turns
 
 
+@triton.jit
+def _read(x, beside, split, position, channel, channels, inside, PAIR: tl.constexpr):
+    """Positions (of all images, counted on) by channels; of two images side by side the first has `split` channels."""
+    if PAIR:  # each number comes from one of them, and a zero from the other
+        mine = inside & (channel < split)[None, :]
+        v = tl.load(x + position[:, None] * split + channel[None, :], mine, 0.0).to(tl.float32)
+        theirs, number = inside & (channel >= split)[None, :], channel - split
+        v += tl.load(beside + position[:, None] * (channels - split) + number[None, :], theirs, 0.0).to(tl.float32)
+    else:
+        v = tl.load(x + position[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
+    return v
+
+
 @triton.jit(do_not_specialize=["rows", "width", "shift_stride"])
 def _whole(
-    x, out, of_all, weight, bias, shift, rows, width, channels, shift_stride, eps,
+    x, beside, split, out, of_all, weight, bias, shift, rows, width, channels, shift_stride, eps,
     SIZE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, BORDER: tl.constexpr,
+    PAIR: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     k, position = tl.arange(0, WIDE), tl.arange(0, TALL)
     channel, own = tl.program_id(0) * SIZE + k, k < SIZE
     inside = (position < rows)[:, None] & own[None, :]
-    at = batch.to(tl.int64) * rows * channels + position[:, None] * channels + channel[None, :]
-    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    of_all_images = batch.to(tl.int64) * rows + position
+    v = _read(x, beside, split, of_all_images, channel, channels, inside, PAIR)
     if SHIFTED:
         v += tl.load(shift + batch * shift_stride + channel, own, 0.0).to(tl.float32)[None, :]
     count = rows * SIZE
@@ -164,25 +201,26 @@ def _whole(
         zeros = tl.zeros([BORDER, WIDE], tl.float32).to(out.dtype.element_ty)
         tl.store(start + edge[:, None] * channels, zeros, (n <= last + width)[:, None] & own[None, :])
     else:
-        tl.store(out + at, y.to(out.dtype.element_ty), inside)
+        tl.store(out + of_all_images[:, None] * channels + channel[None, :], y.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _moments(
-    x, means, squares, rows, channels, TALL: tl.constexpr, TURNS: tl.constexpr, WIDE: tl.constexpr
+    x, beside, split, means, squares, rows, channels,
+    TALL: tl.constexpr, TURNS: tl.constexpr, WIDE: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     part, batch = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     real = channel < channels
-    start = x + batch.to(tl.int64) * rows * channels
+    start = batch.to(tl.int64) * rows
     top = part.to(tl.int64) * TALL * TURNS  # an image of many pixels has more numbers than 32 bits can count
-    first = tl.load(start + top * channels + channel, real, 0.0).to(tl.float32)
+    first = tl.sum(_read(x, beside, split, start + top + tl.arange(0, 1), channel, channels, real[None, :], PAIR), 0)
     total = tl.zeros([TALL, WIDE], tl.float32)
     squared = tl.zeros([TALL, WIDE], tl.float32)
     for turn in tl.static_range(TURNS):
         position = top + turn * TALL + tl.arange(0, TALL)
         inside = (position < rows)[:, None] & real[None, :]
-        v = tl.load(start + position[:, None] * channels + channel[None, :], inside, 0.0).to(tl.float32)
+        v = _read(x, beside, split, start + position, channel, channels, inside, PAIR)
         off = tl.where(inside, v - first[None, :], 0.0)
         total += off
         squared += off * off
@@ -230,8 +268,8 @@ def _fold(
 
 @triton.jit
 def _apply(
-    x, out, of_all, scales, offsets, rows, width, channels,
-    TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, BORDERED: tl.constexpr,
+    x, beside, split, out, of_all, scales, offsets, rows, width, channels,
+    TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, BORDERED: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     strip, batch = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
@@ -244,8 +282,9 @@ def _apply(
         line, place, last = position // (width + 1), position % (width + 1), rows // width
         count, own, here = (last + 1) * (width + 1), position - line, (line < last) & (place < width)
     inside = here[:, None] & real[None, :]
-    at = batch.to(tl.int64) * rows * channels + own[:, None] * channels + channel[None, :]
-    y = tl.load(x + at, inside, 0.0).to(tl.float32) * scale[None, :] + offset[None, :]
+    at = (batch.to(tl.int64) * rows + own)[:, None] * channels + channel[None, :]
+    y = _read(x, beside, split, batch.to(tl.int64) * rows + own, channel, channels, inside, PAIR)
+    y = y * scale[None, :] + offset[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
     if BORDERED:

@@ -1,0 +1,102 @@
+"""The convolutional blocks of a UNet and a VAE as they are computed with the fused kernels: see `fused`."""
+
+import torch
+from torch.nn.functional import conv2d, linear, silu
+
+from sdopt.engine import once, plain
+from sdopt.kernels import launch
+from sdopt.kernels.bias_residual import bias_residual
+from sdopt.kernels.group_norm import group_norm
+from sdopt.kernels.upsample_conv import upsample_conv
+
+
+def resnet(block, x, temb=None, *args, **kwargs):
+    """`ResnetBlock2D.forward`: two convolutions, each with the norm before it; their biases are added by other kernels.
+
+    `x`: an image, or from `up` two, an image and its skip connection, whose channels come one after the other.
+    """
+    images = x if isinstance(x, tuple) else (x,)
+    timed = (temb is None) == (block.time_emb_proj is None)
+    if args or kwargs or not timed or not plain.resnet(block) or not all(map(suits, images)):
+        return type(block).forward(block, torch.cat(x, 1) if len(images) > 1 else x, temb, *args, **kwargs)
+    x, *beside = (image.contiguous(memory_format=torch.channels_last) for image in images)
+    h = _normed_and_convolved(block.norm1, block.conv1, x, None, *beside)
+    shift = once.shift(block, temb)
+    if shift is None:
+        shift = block.conv1.bias
+        if block.time_emb_proj is not None:
+            shift = shift + block.time_emb_proj(silu(temb))
+    h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
+    bias = block.conv2.bias
+    if block.conv_shortcut is not None:
+        x = _shortcut(block.conv_shortcut, x, *beside)
+        if block.conv_shortcut.bias is not None:
+            bias = bias + block.conv_shortcut.bias
+    return bias_residual(h, bias, x)
+
+
+def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, upsample_size=None, **attending):
+    """`CrossAttnUpBlock2D.forward` and `UpBlock2D.forward`: an image and its skip connection stay where they are."""
+    skips, attentions = res_hidden_states_tuple, getattr(block, "attentions", None)
+    known = attentions is not None or not attending
+    if args or not known or attending.get("cross_attention_kwargs") or not plain.up(block) or torch.is_grad_enabled():
+        given = hidden_states, skips, temb, *args
+        return type(block).forward(block, *given, upsample_size=upsample_size, **attending)
+    x = hidden_states
+    for n, part in enumerate(block.resnets):
+        pair = x, skips[-1 - n]
+        x = part(pair if _takes(part, *pair) else torch.cat(pair, 1), temb)
+        if attentions is not None:
+            x = attentions[n](x, return_dict=False, **attending)[0]
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, upsample_size)
+    return x
+
+
+def _takes(part, x, beside):
+    """Whether a residual block takes two images: by `resnet`, with nobody listening, and a shortcut for both."""
+    ours = getattr(vars(part).get("forward"), "__func__", None) is resnet and part.conv_shortcut is not None
+    return ours and not (part._forward_hooks or part._forward_pre_hooks) and x.dtype == beside.dtype
+
+
+def upsample(block, x, output_size=None, *args, **kwargs):
+    """`Upsample2D.forward` to twice the size, with a convolution."""
+    doubled = output_size is None or tuple(output_size) == (2 * x.shape[2], 2 * x.shape[3])
+    if args or kwargs or not doubled or not plain.upsample(block) or not suits(x):
+        return type(block).forward(block, x, output_size, *args, **kwargs)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return upsample_conv(x, block.conv.weight, block.conv.bias, once.quarters(block))
+
+
+def suits(x):
+    """Whether the kernels can take `x`: they have no gradients, autocast does not know them, and they run where Triton does."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return (x.is_cuda or launch.INTERPRETED) and x.dtype in launch.FLOATS
+
+
+def normed(norm, x, activation=True, shift=None, scale=None, beside=None):
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, activation, scale, beside)
+
+
+def _normed_and_convolved(norm, conv, x, shift=None, beside=None):
+    """A norm of `x` and `shift`, SiLU, and the convolution after it without its bias; in e4m3 where it stands in that."""
+    in_e4m3 = once.rounded(conv, x.numel() // x.shape[1])
+    if in_e4m3:
+        return in_e4m3(normed(norm, x, shift=shift, scale=in_e4m3.takes, beside=beside))
+    return _convolved(conv, normed(norm, x, shift=shift, beside=beside))
+
+
+def _shortcut(conv, x, beside=None):
+    """Without its bias. Of two images the sum of two products, each with its part of the weights."""
+    if beside is None or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+        return _convolved(conv, x if beside is None else torch.cat((x, beside), 1))
+    tokens = lambda image: image.permute(0, 2, 3, 1).flatten(0, 2)
+    own, other = conv.weight.flatten(1).split((x.shape[1], beside.shape[1]), 1)
+    out = linear(tokens(x), own).addmm_(tokens(beside), other.t())
+    return out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _convolved(conv, x):
+    """Without its bias."""
+    return conv2d(x, conv.weight, None, conv.stride, conv.padding).contiguous(memory_format=torch.channels_last)
