@@ -138,9 +138,10 @@ def reference(x, groups, weight, bias, eps=1e-5, shift=None, silu=True, scale=No
     return y if scale is None else rounded(with_borders(y), scale)
 
 
-def bytes_moved(x: torch.Tensor, groups: int, *_) -> int:
+def bytes_moved(x, groups, weight=None, bias=None, eps=1e-5, shift=None, silu=True, scale=None, beside=None) -> int:
     """Bytes that come and go at the least: two reads and a write, or one read where one program keeps a group."""
-    return (2 if is_whole(x, groups) else 3) * x.numel() * x.itemsize
+    numbers = x.numel() + (0 if beside is None else beside.numel())
+    return (2 if is_whole(x, groups, beside) else 3) * numbers * x.itemsize
 
 
 def is_whole(x: torch.Tensor, groups: int, beside: torch.Tensor | None = None) -> bool:
