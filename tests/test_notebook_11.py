@@ -35,13 +35,13 @@ def test_11_a_variance_is_lost_far_from_zero_unless_it_is_shifted(kept):
 
 def test_11_the_unet_is_computed_with_them(kept):
     seen = kept("11_fused_kernels")
-    assert seen["blocks"] == 30
+    assert seen["blocks"] == 33
     assert seen["launches"] == {
         "group_norm": 46, "bias_residual": 17, "add_layer_norm": 33, "geglu": 11, "prompt_attention": 11,
         "upsample_conv": 2,
     }  # fmt: skip
     assert seen["unet_errors"]["fused"] < 2 * seen["unet_errors"]["eager"] < 1e-4
-    assert 1.3 < seen["fewer"] < 2
+    assert 1.8 < seen["fewer"] < 2.2  # without cat
 
 
 def test_11_a_mask_that_is_forgotten_shows_far_from_zero_alone(kept):
