@@ -62,7 +62,20 @@ def ways(result):
 
 
 def first_calls(rows):
-    """What is to be said of the first calls of rows that compile, a sentence each."""
+    """What is to be said of the first calls of rows that compile, and of a new size's first picture, a sentence each."""
+    return [*_compiled(rows), *_new_sizes(rows)]
+
+
+def _new_sizes(rows):
+    sizes = {}
+    for row in rows:
+        if new := row.get("other_size"):
+            took = f"{row['id']} {figures.seconds(new['first_s'])}, then {figures.seconds(new['second_s'])}"
+            sizes.setdefault((new["height"], new["width"]), []).append(took)
+    return [f"a size not drawn before, {high}x{wide}, its first picture: {'; '.join(those)}" for (high, wide), those in sizes.items()]
+
+
+def _compiled(rows):
     calls = {row["id"]: row["first_calls"] for row in rows if row.get("first_calls")}
     if not calls:
         return []

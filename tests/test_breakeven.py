@@ -72,3 +72,12 @@ def test_regional_compilation_is_diffusers_own(pocket, monkeypatch):
     assert set(map(repr, asked)) == {repr(("BasicTransformerBlock", {"fullgraph": True}))} and len(asked) > 2
     assert pocket.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert compilation.compiled_kind(pocket) is None, "of the test: nothing was compiled"
+
+
+def test_a_new_size_is_told_with_its_second_picture():
+    new = {"height": 768, "width": 1024, "first_s": 2.5, "second_s": 0.625}
+    rows = [row("eager_bf16", 1.0), row("engine_bf16", 0.5) | {"other_size": new}, row("engine_fp8", 0.4) | {"other_size": new}]
+    (said,) = breakeven.first_calls(rows)
+    assert said == (
+        "a size not drawn before, 768x1024, its first picture: engine_bf16 2.50 s, then 0.625 s; engine_fp8 2.50 s, then 0.625 s"
+    )

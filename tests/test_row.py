@@ -60,6 +60,14 @@ def test_a_profiler_that_is_refused_costs_no_row(profiled, monkeypatch):
     assert kernels == {}
 
 
+def test_a_new_sizes_first_picture_is_timed_beside_its_second(sdxl, monkeypatch):
+    drawn, seconds = [], iter((3.0, 0.5))
+    monkeypatch.setattr(row.timing, "seconds_of", lambda call, device: (drawn.append(call()[0].size), next(seconds))[1])
+    pipe, call_kwargs = path.prepare(sdxl, ("sdpa",))
+    found = row.other_size(pipe, replace(job(("sdpa",)), height=128, steps=1), call_kwargs)
+    assert found == {"height": 64, "width": 64, "first_s": 3.0, "second_s": 0.5} and drawn == [(64, 64)] * 2
+
+
 def test_a_worker_that_gave_its_memory_back_draws_once_before_it_is_timed(monkeypatch):
     did, free = [], [90]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0], 100))

@@ -79,7 +79,9 @@ class _Entry:
 
         def read_prompt():
             new = self.held.read_prompt(self.places["encoder_hidden_states"])
-            torch._foreach_copy_(*([tensor for each in of.values() for tensor in each] for of in (of_prompt, new)))
+            for part in range(3):  # keys, values and scales, those of all layers at once: a copy's tensors have one dtype
+                if pairs := [(kept[part], new[layer][part]) for layer, kept in of_prompt.items() if len(kept) > part]:
+                    torch._foreach_copy_(*map(list, zip(*pairs)))
 
         self.read_prompt, _ = graphs.capture(read_prompt, unet.memory)
 
