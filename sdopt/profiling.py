@@ -10,7 +10,7 @@ import torch
 # the operators it fuses, so "convolution" in one of those may be a bias; only its templates (tem) multiply matrices, and one
 # that lists "mm" is the template of that, whatever stood before it.
 FUSED = r"^triton_(?!tem)"
-PRODUCT = r"^triton_tem_.*_mm_"
+PRODUCT = r"^triton_tem_.*_b?mm(_|$)"
 KINDS = {
     "attention": r"sdpa|fmha|flash|attention",
     "convolution": r"conv|fprop|dgrad|winograd|nchwToNhwc|nhwcToNchw",

@@ -110,7 +110,7 @@ def priced(id, pipe, task, call, steps: int = SHORT) -> dict:
 
 
 def kernels(pipe, task, call) -> dict:
-    """What a profile of two more steps says of the UNet's calls, {"unet_kernels": [...]}; nothing on a CPU.
+    """What a profile of a few more steps says of the UNet's calls, {"unet_kernels": [...]}; nothing on a CPU.
 
     Introduced in notebooks/10_the_whole_path.
     """

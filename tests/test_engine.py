@@ -31,7 +31,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading, group_offloading
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -54,6 +54,7 @@ from sdopt.kernels import (
     launch,
     linear_geglu,
     prompt_attention,
+    shortcut,
     softmax,
     upsample_conv,
 )
@@ -79,7 +80,7 @@ def captured(request, monkeypatch):
         for tensor in outputs:
             tensor.fill_(float("nan"))
 
-    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, prompt_attention, softmax):
+    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, prompt_attention, shortcut, softmax):
         for user in (fused, residual):
             if hasattr(user, kernel.NAME):
                 monkeypatch.setattr(user, kernel.NAME, kernel.reference)
@@ -186,6 +187,14 @@ def test_a_self_attention_takes_query_key_and_value_from_one_product(tiny, captu
     tiny.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     small(tiny)
     assert not tiny.unet.forward.held.joined, "a query with a LoRA is more than a product"
+
+
+@RECORDED
+def test_attention_by_the_formula_leaves_nothing_to_keep_of_a_prompt(tiny, captured):
+    tiny.unet.set_attn_processor(AttnProcessor())
+    eager, ours = both(tiny)
+    assert_same(ours, eager)
+    assert not tiny.unet.forward.held.layers and len(captured) == 3
 
 
 def test_restoring_leaves_nothing(tiny, captured):

@@ -88,7 +88,9 @@ def test_weights_changed_in_place_are_rounded_again(rounding, captured):  # noqa
     ours = small(rounding)
     assert len(captured) == made and np.abs(ours - before).max() > 1e-3
     engine.restore(rounding)
-    assert close(ours, small(rounding))
+    eager = small(rounding)
+    assert psnr(ours, eager) > psnr(before, eager) + 5, "the picture of the new weights"
+    assert np.array_equal(small(engine.prepare(rounding, **EVERY)), ours), "and as one that never had others draws it"
 
 
 @pytest.mark.parametrize("scales", fp8.SCALES)
@@ -151,6 +153,13 @@ def test_few_rows_may_not_be_worth_it_where_many_are(rounding, captured, monkeyp
     engine.restore(rounding)
     assert np.abs(ours - few).max() > 1e-3
     assert np.array_equal(ours, small(engine.prepare(rounding), height=8, width=8))
+
+
+def test_the_first_picture_may_be_drawn_in_inference_mode(rounding):
+    engine.prepare(rounding, **EVERY)
+    with torch.inference_mode():
+        first = small(rounding)
+    assert np.array_equal(small(rounding), first)
 
 
 def test_a_cutoff_changes_the_batch(rounding):

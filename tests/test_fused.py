@@ -43,7 +43,7 @@ def kernels(monkeypatch):
     ran = []
     for name in (
         *("group_norm", "add_layer_norm", "geglu", "linear_geglu", "bias_residual", "upsample_conv", "softmax"),
-        "prompt_attention",
+        *("prompt_attention", "shortcut"),
     ):
         user = fused if hasattr(fused, name) else residual
         function = getattr(user, name)
@@ -69,7 +69,7 @@ def assert_same(ours, theirs):
 
 
 def counts(unet):
-    kinds = (ResnetBlock2D, Transformer2DModel, Upsample2D, plain.UPS)
+    kinds = (ResnetBlock2D, Transformer2DModel, Upsample2D, tuple(plain.UPS))
     return [sum(type(m) in (kind if isinstance(kind, tuple) else (kind,)) for m in unet.modules()) for kind in kinds]
 
 
@@ -79,11 +79,13 @@ def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     theirs = call()
     resnets, transformers, upsamplers, ups = counts(unet)
     blocks = sum(len(m.transformer_blocks) for m in unet.modules() if type(m) is Transformer2DModel)
+    shortcuts = sum(type(m) is ResnetBlock2D and m.conv_shortcut is not None for m in unet.modules())
     assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers + upsamplers + ups
     assert_same(call(), theirs)
-    assert [kernels.count(k) for k in ("group_norm", "bias_residual", "add_layer_norm", "geglu", "upsample_conv")] == [
+    assert [kernels.count(k) for k in ("group_norm", "bias_residual", "shortcut", "add_layer_norm", "geglu", "upsample_conv")] == [
         2 * resnets + transformers + 1,  # the last before the output
-        resnets,
+        resnets - shortcuts,
+        shortcuts,
         3 * blocks,
         blocks,
         upsamplers,
@@ -104,6 +106,11 @@ class Cats(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+def odd_layout(unet):
+    weight = unet.up_blocks[0].resnets[0].conv_shortcut.weight.data
+    return torch.nn.Parameter(weight.transpose(0, 1).contiguous().transpose(0, 1))
+
+
 def lora_on_a_shortcut(unet):
     targets = [name for name, _ in unet.up_blocks.named_modules() if name.endswith("conv_shortcut")][:1]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=[f"up_blocks.{name}" for name in targets], init_lora_weights=False))
@@ -115,10 +122,16 @@ def lora_on_a_shortcut(unet):
         (lambda unet: None, 0),
         (lambda unet: unet.up_blocks[0].resnets[1].register_forward_pre_hook(lambda part, args: (args[0] + 1, args[1])), 1),
         (lambda unet: unet.up_blocks[1].resnets[0].norm1.register_forward_hook(lambda part, args, out: out + 1), 1),
+        (lambda unet: unet.up_blocks[1].resnets[0].nonlinearity.register_forward_hook(lambda part, args, out: out + 1), 1),
         (lora_on_a_shortcut, 1),
+        (lambda unet: setattr(unet.up_blocks[0].resnets[0].conv_shortcut, "weight", odd_layout(unet)), 1),
         (lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4), 4),
+        (lambda unet: setattr(unet.up_blocks[0], "attentions", unet.up_blocks[0].attentions[:1]), 0),
     ],
-    ids=["as it is", "a hook on a block", "a hook on a norm", "a LoRA on a shortcut", "FreeU"],
+    ids=[
+        *("as it is", "a hook on a block", "a hook on a norm", "a hook on an activation", "a LoRA on a shortcut"),
+        *("a shortcut of another layout", "FreeU", "fewer attentions"),
+    ],
 )
 def test_an_image_and_its_skip_connection_are_not_written_as_one(unet, kernels, change, written):
     """But where somebody looks at what a block is given, or does something else with it."""
@@ -133,7 +146,39 @@ def test_an_image_and_its_skip_connection_are_not_written_as_one(unet, kernels, 
     fused.release(unet)
     with Cats() as cats:
         assert torch.equal(call(), theirs)
-    assert cats.count == 4
+    assert cats.count == sum(len(getattr(up, "attentions", up.resnets)) for up in unet.up_blocks)
+
+
+@torch.no_grad()
+def test_an_up_block_can_be_called_as_diffusers_is(unet, kernels, monkeypatch):
+    """By hand with more arguments, and with somebody listening to all modules or in another's place."""
+    torch.manual_seed(3)
+    cross, plain_up = unet.up_blocks
+    text, temb = torch.randn(1, 7, 64), torch.randn(1, unet.time_embedding.linear_2.out_features)
+    x, skips = torch.randn(1, 40, 4, 4), (torch.randn(1, 24, 4, 4), torch.randn(1, 40, 4, 4))
+    y, others = torch.randn(1, 40, 4, 4), (torch.randn(1, 24, 4, 4), torch.randn(1, 24, 4, 4))
+    calls = [
+        lambda: cross(x, skips, temb, text), lambda: cross(x, skips, temb, text, None, (9, 7)),
+        lambda: cross(x, skips, temb, encoder_hidden_states=text, upsample_size=(9, 7)),
+        lambda: plain_up(y, others, temb), lambda: plain_up(y, others, temb, None), lambda: plain_up(y, others, temb, upsample_size=None),
+    ]  # fmt: skip
+    theirs = [call() for call in calls]
+    fused.fuse(unet)
+    for call, right in zip(calls, theirs, strict=True):
+        assert_same(call(), right)
+    listening = torch.nn.modules.module.register_module_forward_pre_hook(lambda part, args: (args[0] * 1, *args[1:]))
+    assert_same(calls[0](), theirs[0])
+    listening.remove()
+
+    class Other(ResnetBlock2D):
+        def __call__(self, x, temb):
+            return super().__call__(x * 1, temb)
+
+    cross.resnets[0].__class__ = Other
+    assert_same(calls[0](), theirs[0])
+    forward = type(plain_up).forward
+    monkeypatch.setattr(type(plain_up), "forward", lambda self, *a, **k: 2 * forward(self, *a, **k))
+    assert_same(calls[3](), 2 * theirs[3])
 
 
 def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, monkeypatch):
@@ -186,7 +231,7 @@ def test_a_vae_decodes_the_same(kernels, monkeypatch):
         theirs = vae.decode(latents).sample
         blocks = fused.fuse(vae.decoder)
         assert_same(vae.decode(latents).sample, theirs)
-    assert sum(kernels.count(name) for name in ("bias_residual", "upsample_conv", "softmax")) == blocks
+    assert sum(kernels.count(name) for name in ("bias_residual", "shortcut", "upsample_conv", "softmax")) == blocks
     assert "softmax" in kernels, "the attention in its middle"
 
 

@@ -16,6 +16,7 @@ from sdopt.kernels import (
     launch,
     linear_geglu,
     prompt_attention,
+    shortcut,
     softmax,
     upsample_conv,
 )
@@ -111,6 +112,33 @@ def test_linear_geglu(device, dtype, shape, outputs):
     assert ours.dtype is dtype and ours.shape == exact.shape
     theirs = off(linear_geglu.reference(x, weight, bias)) + 1e-6 * exact.square().sum().sqrt()
     assert off(ours) <= (2 if device == "cpu" else 1.1) * theirs  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(40, 24), (8, 72), (72,), (128, 64)], ids=str)
+@pytest.mark.parametrize(("batch", "height", "width", "outputs"), [(2, 5, 7, 40), (1, 1, 1, 128), (3, 9, 11, 200), (0, 4, 4, 8)])
+def test_shortcut(device, dtype, sizes, batch, height, width, outputs):
+    """It rounds once where a convolution and two additions do three times."""
+    image = lambda channels: random((batch, channels, height, width), dtype, device).to(**LAST)
+    x, *beside = map(image, sizes)
+    weight, bias = random((outputs, sum(sizes)), dtype, device) / sum(sizes) ** 0.5, random(outputs, dtype, device)
+    residual = image(outputs)
+    exact = shortcut.reference(*(t.double() for t in (x, weight, bias, residual, *beside)))
+    ours = shortcut.shortcut(x, weight, bias, residual, *beside)
+    assert ours.dtype is dtype and ours.shape == exact.shape and ours.is_contiguous(**LAST)
+    off = lambda y: (y.double() - exact).square().sum().sqrt()
+    theirs = off(shortcut.reference(x, weight, bias, residual, *beside)) + 1e-6 * exact.square().sum().sqrt()
+    assert off(ours) <= (2 if device == "cpu" else 1.1) * theirs  # the interpreter truncates to bfloat16
+    assert shortcut.fits(weight, x, *beside) or device == "cuda"
+
+
+def test_two_images_whose_parts_of_a_shortcut_nearly_cancel(device):
+    """And each part is beyond float16: the sum is not."""
+    x, other = (torch.full((1, 16, 2, 2), n, device=device).half().to(**LAST) for n in (5000.0, -4999.0))
+    weight, zeros = torch.ones(8, 32, device=device).half(), torch.zeros(1, 8, 2, 2, device=device).half().to(**LAST)
+    ours = shortcut.shortcut(x, weight, torch.zeros(8, device=device).half(), zeros, other)
+    exact = shortcut.reference(*(t.double() for t in (x, weight, torch.zeros(8, device=device), zeros, other)))
+    assert (ours.double() - exact).abs().max() <= 2.0**-10 * exact.abs().max()
 
 
 @pytest.mark.parametrize(("tiles", "programs", "rest"), [
@@ -285,6 +313,16 @@ WRONG = {
     "two dtypes": (
         lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),
         "make them one",
+    ),
+    "two sizes": (
+        lambda: shortcut.shortcut(
+            *(torch.ones(s).to(**LAST) if len(s) == 4 else torch.ones(s) for s in ((1, 8, 4, 4), (8, 16), (8,), (1, 8, 4, 5), (1, 8, 4, 4)))
+        ),
+        "do not fit a residual",
+    ),
+    "odd channels": (
+        lambda: shortcut.shortcut(torch.ones(1, 7, 4, 4).to(**LAST), torch.ones(8, 7), torch.ones(8), torch.ones(1, 8, 4, 4).to(**LAST)),
+        "rows of 7 and 8 channels do not begin",
     ),
     "rows": (lambda: linear_geglu.linear_geglu(torch.ones(4, 7), torch.ones(16, 7), torch.ones(16)), "16 bytes"),
     "bias": (lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8), torch.ones(8)), "bias has shape"),

@@ -37,7 +37,7 @@ def test_11_the_unet_is_computed_with_them(kept):
     seen = kept("11_fused_kernels")
     assert seen["blocks"] == 33
     assert seen["launches"] == {
-        "group_norm": 46, "bias_residual": 17, "add_layer_norm": 33, "geglu": 11, "prompt_attention": 11,
+        "group_norm": 46, "bias_residual": 7, "shortcut": 10, "add_layer_norm": 33, "geglu": 11, "prompt_attention": 11,
         "upsample_conv": 2,
     }  # fmt: skip
     assert seen["unet_errors"]["fused"] < 2 * seen["unet_errors"]["eager"] < 1e-4

@@ -14,6 +14,7 @@ from sdopt.kernels import (
     group_norm,
     linear_geglu,
     prompt_attention,
+    shortcut,
     softmax,
     upsample_conv,
 )
@@ -33,9 +34,11 @@ IMAGES = (
 LOWER = ((2, 640, 32, 32), (2, 1280, 16, 16))  # SD 1.5's lower levels: a program keeps a group
 TOKENS = ((8192, 640), (2048, 1280))
 SMALL = ((2, 1280, 32, 32), (2, 640, 64, 64), (1, 512, 256, 256), (1, 256, 512, 512))  # images that are doubled
+SKIPS = ((2, 640, 320, 320, 128), (2, 1280, 640, 640, 64), (2, 1280, 1280, 1280, 32))  # samples, channels of both, outputs, side
 FUSIONS = (
     *((kernel, shape) for kernel in (group_norm, bias_residual) for shape in IMAGES),
     *((group_norm, shape) for shape in LOWER),
+    *((shortcut, shape) for shape in SKIPS),
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
     *((prompt_attention, (2, tokens // 2, channels)) for tokens, channels in TOKENS),
@@ -75,6 +78,12 @@ def _arguments(kernel, shape, device, dtype):
         return image(), 32, new(shape[1]), new(shape[1])
     if kernel is bias_residual:
         return image(), new(shape[1]), image()
+    if kernel is shortcut:
+        samples, own, other, outputs, side = shape
+        x, residual, beside = (
+            new(samples, n, side, side).to(memory_format=torch.channels_last) for n in (own, outputs, other)
+        )
+        return x, new(outputs, own + other) / (own + other) ** 0.5, new(outputs), residual, beside
     if kernel is add_layer_norm:
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:

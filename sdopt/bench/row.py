@@ -261,7 +261,7 @@ def unet_profile(pipe, job, call_kwargs):
         calls[len(sample)] = profiling.profile(lambda: answer.append(run(sample, *args, **kwargs)))
         return answer[0]
 
-    steps = 5 if "cfg_cutoff" in job.recipe.steps else 2  # two of each batch at the least, where guidance ends after 40 %
+    steps = 10 if "callback_on_step_end" in call_kwargs else 2  # two calls of each batch, where guidance ends on the way
     draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": steps})
     try:
         with timing.around_calls(pipe.unet, profiled):

@@ -81,8 +81,10 @@ def _numbers(norm):
 
 
 def _of_gated(pairs):
-    bound = gated_bound if launch.INTERPRETED or (pairs and pairs[0][0].weight.is_cuda) else _by_pytorch
-    parts = [bound(wide.weight, wide.bias, norm.weight, norm.bias) for norm, wide in pairs]
+    parts = []
+    for norm, wide in pairs:
+        here = (wide.weight.is_cuda or launch.INTERPRETED) and wide.weight.dtype in launch.FLOATS and wide.weight.is_contiguous()
+        parts.append((gated_bound if here else _by_pytorch)(wide.weight, wide.bias, norm.weight, norm.bias))
     return torch._foreach_mul(of_all(parts), 1.01) if parts else []
 
 

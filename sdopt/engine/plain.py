@@ -10,7 +10,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 WIDEST = 256  # channels of a head that fused attention kernels take
-UPS = (CrossAttnUpBlock2D, UpBlock2D)
+UPS = {kind: kind.forward for kind in (CrossAttnUpBlock2D, UpBlock2D)}
 REPLACED = {"forward", "_conv_forward"}  # what a module's own dict holds if somebody has put another there
 
 
@@ -40,6 +40,7 @@ def resnet(block):
         type(block) is ResnetBlock2D  # another's class can be put in its place at any time
         and all(map(convolution, convolutions))
         and is_stock(block.norm1, block.norm2, kind=nn.GroupNorm)
+        and is_stock(block.nonlinearity, block.dropout)
         and not block.training
         and (block.upsample is None and block.downsample is None)
         # what a VAE calls "group" is a norm without an embedding, as "default" is where there is none
@@ -57,7 +58,8 @@ def resnet(block):
 
 def up(block):
     """Whether `block` is what goes up again in a UNet, with no FreeU to weigh its skip connections."""
-    return type(block) in UPS and all(getattr(block, factor, None) is None for factor in ("s1", "s2", "b1", "b2"))
+    freeu = any(getattr(block, factor, None) is not None for factor in ("s1", "s2", "b1", "b2"))
+    return UPS.get(type(block)) is type(block).forward and not freeu
 
 
 def upsample(block):
@@ -106,8 +108,8 @@ def transformer_block(block):
         and block._chunk_size is None
         and not hasattr(block, "fuser")
         and type(block.ff.net[0]) is GEGLU
-        and is_stock(block.ff, block.ff.net[0])
         and len(block.ff.net) == 3
+        and is_stock(block.ff, *block.ff.net[:2])
     )
 
 
@@ -115,7 +117,7 @@ def attention(attn):
     """Whether `attn` is the layer that is computed here: scaled dot products of its own projections, and no more."""
     return (
         type(attn) is Attention
-        and is_stock(attn)
+        and is_stock(attn, *attn.to_out[1:])
         and type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
         and all(part is None for part in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
         and not attn.norm_cross

@@ -1,13 +1,18 @@
 """The convolutional blocks of a UNet and a VAE as they are computed with the fused kernels: see `fused`."""
 
 import torch
-from torch.nn.functional import conv2d, linear, silu
+from diffusers.models.resnet import ResnetBlock2D
+from torch.nn.functional import conv2d, silu
+from torch.nn.modules import module
 
 from sdopt.engine import once, plain
 from sdopt.kernels import launch
 from sdopt.kernels.bias_residual import bias_residual
 from sdopt.kernels.group_norm import group_norm
+from sdopt.kernels.shortcut import fits, shortcut
 from sdopt.kernels.upsample_conv import upsample_conv
+
+EVERYWHERE = (module._global_forward_hooks, module._global_forward_pre_hooks)  # of those who listen to every module
 
 
 def resnet(block, x, temb=None, *args, **kwargs):
@@ -27,36 +32,44 @@ def resnet(block, x, temb=None, *args, **kwargs):
         if block.time_emb_proj is not None:
             shift = shift + block.time_emb_proj(silu(temb))
     h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
-    bias = block.conv2.bias
-    if block.conv_shortcut is not None:
-        x = _shortcut(block.conv_shortcut, x, *beside)
-        if block.conv_shortcut.bias is not None:
-            bias = bias + block.conv_shortcut.bias
-    return bias_residual(h, bias, x)
+    bias, narrow = block.conv2.bias, block.conv_shortcut
+    if narrow is None:
+        return bias_residual(h, bias, x)
+    bias = bias if narrow.bias is None else bias + narrow.bias
+    if _is_one(narrow, x, *beside):
+        return shortcut(x, narrow.weight.flatten(1), bias, h, *beside)
+    return bias_residual(h, bias, _convolved(narrow, torch.cat((x, *beside), 1) if beside else x))
 
 
-def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, upsample_size=None, **attending):
+def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, **kwargs):
     """`CrossAttnUpBlock2D.forward` and `UpBlock2D.forward`: an image and its skip connection stay where they are."""
-    skips, attentions = res_hidden_states_tuple, getattr(block, "attentions", None)
-    known = attentions is not None or not attending
-    if args or not known or attending.get("cross_attention_kwargs") or not plain.up(block) or torch.is_grad_enabled():
-        given = hidden_states, skips, temb, *args
-        return type(block).forward(block, *given, upsample_size=upsample_size, **attending)
-    x = hidden_states
-    for n, part in enumerate(block.resnets):
-        pair = x, skips[-1 - n]
+    attentions = getattr(block, "attentions", None)
+    asked = any(kwargs.get(key) for key in ("cross_attention_kwargs", "scale"))  # what warns that it is not used
+    if args or asked or not plain.up(block) or torch.is_grad_enabled():
+        return type(block).forward(block, hidden_states, res_hidden_states_tuple, temb, *args, **kwargs)
+    x, size = hidden_states, kwargs.pop("upsample_size", None)
+    for n, part in enumerate(block.resnets if attentions is None else block.resnets[: len(attentions)]):
+        pair = x, res_hidden_states_tuple[-1 - n]
         x = part(pair if _takes(part, *pair) else torch.cat(pair, 1), temb)
         if attentions is not None:
-            x = attentions[n](x, return_dict=False, **attending)[0]
+            x = attentions[n](x, return_dict=False, **kwargs)[0]
     for upsampler in block.upsamplers or ():
-        x = upsampler(x, upsample_size)
+        x = upsampler(x, size)
     return x
 
 
-def _takes(part, x, beside):
-    """Whether a residual block takes two images: by `resnet`, with nobody listening, and a shortcut for both."""
-    ours = getattr(vars(part).get("forward"), "__func__", None) is resnet and part.conv_shortcut is not None
-    return ours and not (part._forward_hooks or part._forward_pre_hooks) and x.dtype == beside.dtype
+def _takes(part, *pair):
+    """Whether a residual block takes two images: by `resnet`, with nobody listening, and a shortcut of both."""
+    ours = type(part) is ResnetBlock2D and getattr(vars(part).get("forward"), "__func__", None) is resnet
+    if not ours or part._forward_hooks or part._forward_pre_hooks or EVERYWHERE[0] or EVERYWHERE[1]:
+        return False
+    return plain.resnet(part) and part.conv_shortcut is not None and all(map(suits, pair)) and _is_one(part.conv_shortcut, *pair)
+
+
+def _is_one(conv, *images):
+    """Whether a shortcut and the end of its block are one kernel."""
+    alike = (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+    return alike and conv.weight.flatten(1).is_contiguous() and fits(conv.weight, *images)
 
 
 def upsample(block, x, output_size=None, *args, **kwargs):
@@ -85,16 +98,6 @@ def _normed_and_convolved(norm, conv, x, shift=None, beside=None):
     if in_e4m3:
         return in_e4m3(normed(norm, x, shift=shift, scale=in_e4m3.takes, beside=beside))
     return _convolved(conv, normed(norm, x, shift=shift, beside=beside))
-
-
-def _shortcut(conv, x, beside=None):
-    """Without its bias. Of two images the sum of two products, each with its part of the weights."""
-    if beside is None or conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
-        return _convolved(conv, x if beside is None else torch.cat((x, beside), 1))
-    tokens = lambda image: image.permute(0, 2, 3, 1).flatten(0, 2)
-    own, other = conv.weight.flatten(1).split((x.shape[1], beside.shape[1]), 1)
-    out = linear(tokens(x), own).addmm_(tokens(beside), other.t())
-    return out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _convolved(conv, x):

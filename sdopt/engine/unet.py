@@ -57,7 +57,8 @@ class UNet(graphs.Captured):
             self.switched = state.watch(self.module)
         if self.reason is None:
             with self.memory.lock:
-                self.held = self.held or _held(self.module, self.rounding)
+                with torch.inference_mode(False):  # what it holds is written to outside it, too
+                    self.held = self.held or _held(self.module, self.rounding)
                 self.held.renew(lambda call: graphs.capture(call, self.memory))
 
     def obstacle(self):
