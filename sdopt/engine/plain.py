@@ -109,7 +109,7 @@ def transformer_block(block):
         and not hasattr(block, "fuser")
         and type(block.ff.net[0]) is GEGLU
         and len(block.ff.net) == 3
-        and is_stock(block.ff, *block.ff.net[:2])
+        and is_stock(block.ff, *list(block.ff.net)[:2])
     )
 
 
@@ -117,7 +117,7 @@ def attention(attn):
     """Whether `attn` is the layer that is computed here: scaled dot products of its own projections, and no more."""
     return (
         type(attn) is Attention
-        and is_stock(attn, *attn.to_out[1:])
+        and is_stock(attn, *list(attn.to_out)[1:])
         and type(attn.processor) in (AttnProcessor2_0, FusedAttnProcessor2_0)
         and all(part is None for part in (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k))
         and not attn.norm_cross
