@@ -138,7 +138,7 @@ def test_what_is_gathered_together_is_what_each_layer_gathers_alone(device, scal
     unet = tiny_sdxl().unet.bfloat16().to(device, memory_format=torch.channels_last)
     for norm in (m for m in unet.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)):
         norm.weight.copy_(torch.randn_like(norm.weight)), norm.bias.copy_(torch.randn_like(norm.bias))
-    layers = list(fp8.every_layer(unet, scales).values())
+    layers = list(fp8.every_layer(unet, scales).values())[::3]  # of each kind: the interpreter takes its time for all
     numbers = lambda: [
         part.float() for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)
     ]
@@ -148,7 +148,7 @@ def test_what_is_gathered_together_is_what_each_layer_gathers_alone(device, scal
     for part in (part for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)):
         part.zero_()
     fp8.gather(layers)
-    assert len(layers) > 15 and all(map(torch.equal, numbers(), alone)) and all(part.abs().max() > 0 for part in alone)
+    assert {each.after and len(each.after) for each in layers} == {None, 1, 2} and all(map(torch.equal, numbers(), alone)) and all(part.abs().max() > 0 for part in alone)
     for each in layers:
         if each.bounded:
             assert each.takes.item() == pytest.approx(bound_by_hand(*each.after) / 448, rel=1e-5)
