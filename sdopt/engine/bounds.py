@@ -17,7 +17,10 @@ POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 def of_each(places: list[tuple[nn.Module, ...]]) -> list[torch.Tensor]:
     """For what comes after each of `places`, a number that nothing there is beyond: float32, [].
 
-    A place: (a layer norm or group norm,) or (a layer norm, the linear layer between it and GEGLU).
+    A place: (a layer norm or group norm,) or (a layer norm, the linear layer between it and GEGLU). What is normalised has a norm
+    of sqrt(n), in one number at most; for a group norm n is of an image of up to POSITIONS, and the bound holds for SiLU of it, too,
+    and for a larger image unless one number in a group deviates by more than all the others together many times over. GEGLU's is
+    kernels/gated_bound's, up to what the weights' dtype rounds off, for which it is a hundredth larger.
     """
     normed, gated = ([n for n, place in enumerate(places) if len(place) == size] for size in (1, 2))
     found = dict(zip(normed, _of_norms([places[n][0] for n in normed])))
@@ -25,28 +28,9 @@ def of_each(places: list[tuple[nn.Module, ...]]) -> list[torch.Tensor]:
     return [found[n] for n in range(len(places))]
 
 
-def of_norm(norm: nn.LayerNorm) -> torch.Tensor:
-    """A number that nothing a layer norm gives is beyond: what is normalised has a norm of sqrt(n), in one number at most.
-
-    Introduced in notebooks/13_fp8.
-    """
+def of_norm(norm: nn.LayerNorm | nn.GroupNorm) -> torch.Tensor:
+    """`of_each` of one norm. Introduced in notebooks/13_fp8."""
     return of_each([(norm,)])[0]
-
-
-def of_group_norm(norm: nn.GroupNorm) -> torch.Tensor:
-    """A number that nothing a group norm gives of an image of up to POSITIONS is beyond, nor SiLU of it.
-
-    Of a larger image, too, unless one number in a group deviates by more than all the others together many times over.
-    """
-    return of_each([(norm,)])[0]
-
-
-def of_gated(norm: nn.LayerNorm, wide: nn.Linear) -> torch.Tensor:
-    """A number that GEGLU of a layer norm's linear layer is not beyond: see kernels/gated_bound.
-
-    Up to what the weights' dtype rounds off, for which it is a hundredth larger.
-    """
-    return of_each([(norm, wide)])[0]
 
 
 def of_all(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -141,10 +141,6 @@ class Layer:
         """Whether it is worth it for so many rows."""
         return self._all or pays(rows, *self.weight.values.T.shape, "row" if self.by_row else "tensor")
 
-    def gather(self):
-        """`gather` it alone."""
-        gather([self])
-
     def round(self):
         """Write the weights as they are now in e4m3; by the one scale, where they have one."""
         scale = self.weight.scale.split(self.sizes) if self.by_row else [self.weight.scale] * len(self.parts)
@@ -175,10 +171,6 @@ class Convolution:
         outputs, inputs = self.weight.values.shape
         fast = rows * inputs * outputs >= FEWEST_OF_CONVOLUTION and launch.fetches_tiles(self.weight.values.device)
         return self._all or fast
-
-    def gather(self):
-        """`gather` it alone."""
-        gather([self])
 
     def round(self):
         """Write the weights as they are now in e4m3."""

@@ -33,12 +33,12 @@ def resnet(block, x, temb=None, *args, **kwargs):
             shift = shift + block.time_emb_proj(silu(temb))
     h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
     bias, narrow = block.conv2.bias, block.conv_shortcut
-    if narrow is None:
-        return bias_residual(h, bias, x)
-    bias = bias if narrow.bias is None else bias + narrow.bias
-    if _is_one(narrow, x, *beside):
-        return shortcut(x, narrow.weight.flatten(1), bias, h, *beside)
-    return bias_residual(h, bias, _convolved(narrow, torch.cat((x, *beside), 1) if beside else x))
+    if narrow is not None:
+        bias = bias if narrow.bias is None else bias + narrow.bias
+        if _is_one(narrow, x, *beside):
+            return shortcut(x, narrow.weight.flatten(1), bias, h, *beside)
+    both = torch.cat((x, *beside), 1) if beside else x
+    return bias_residual(h, bias, both if narrow is None else _convolved(narrow, both))
 
 
 def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, **kwargs):
@@ -50,7 +50,7 @@ def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, **kwargs
     x, size = hidden_states, kwargs.pop("upsample_size", None)
     for n, part in enumerate(block.resnets if attentions is None else block.resnets[: len(attentions)]):
         pair = x, res_hidden_states_tuple[-1 - n]
-        x = part(pair if _takes(part, *pair) else torch.cat(pair, 1), temb)
+        x = part(pair if _takes_two(part) and x.dtype == pair[1].dtype else torch.cat(pair, 1), temb)
         if attentions is not None:
             x = attentions[n](x, return_dict=False, **kwargs)[0]
     for upsampler in block.upsamplers or ():
@@ -58,12 +58,10 @@ def up(block, hidden_states, res_hidden_states_tuple, temb=None, *args, **kwargs
     return x
 
 
-def _takes(part, *pair):
-    """Whether a residual block takes two images: by `resnet`, with nobody listening, and a shortcut of both."""
+def _takes_two(part):
+    """Whether a residual block may be given two images: it is `resnet` that gets them, and nobody listens."""
     ours = type(part) is ResnetBlock2D and getattr(vars(part).get("forward"), "__func__", None) is resnet
-    if not ours or part._forward_hooks or part._forward_pre_hooks or EVERYWHERE[0] or EVERYWHERE[1]:
-        return False
-    return plain.resnet(part) and part.conv_shortcut is not None and all(map(suits, pair)) and _is_one(part.conv_shortcut, *pair)
+    return ours and not any((part._forward_hooks, part._forward_pre_hooks, *EVERYWHERE))
 
 
 def _is_one(conv, *images):

@@ -172,7 +172,7 @@ def _tile(
     out.store([row, column], gated.to(out.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rest"])  # not one more compilation for every size of a picture
 def _linear_geglu(
     x, x_low, weight, bias, out, out_low, of_x, of_weight, of_out, rows, outputs, inputs, rest,
     TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
