@@ -11,7 +11,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
 from sdopt.engine import bounds, fp8
 from sdopt.kernels.upsample_conv import folded
@@ -96,8 +96,9 @@ class Once:
         """
         read = {layer: self._keys_and_values(layer, text) for layer in self.layers}
         if rounds := [layer for layer in read if layer.to_out[0] in self.rounded]:
-            largest = torch.stack(bounds.of_all([read[layer][1] for layer in rounds]))
-            read |= {layer: (*read[layer], scale) for layer, scale in zip(rounds, bounds.scale_of(largest))}
+            scales = bounds.scale_of(torch.stack(bounds.of_all([read[layer][1] for layer in rounds])))
+            apart = pad(scales[:, None], (0, 3))[:, 0]  # cuBLAS takes a scale that is at a multiple of 16 bytes
+            read |= {layer: (*read[layer], scale) for layer, scale in zip(rounds, apart)}
         return read
 
     def shift_of(self, block, temb):

@@ -10,8 +10,6 @@ weights, the result. It pays where a product written in Triton loses less agains
 
 A program computes several large tiles, as many programs as there are multiprocessors. Its two loops, over tiles and over steps
 of a tile, are one to the compiler (`flatten`): while one tile is gated and written, the next one's numbers are on their way.
-Tiles that are left for a last round, in which most multiprocessors would have nothing to do, are halved where there are enough of
-those for the halves: 320 tiles on 132 multiprocessors take two rounds and a half one, and not three.
 
 In e4m3 a product takes half the time, and those bytes are the larger part. The result is written in e4m3, too, where its scale
 is known before: a row's own is known to no program, since none sees a whole row.
@@ -69,18 +67,13 @@ def linear_geglu(
     halves = weight.view(2, outputs, inputs)
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
     several = tall == TILE[0]  # tiles a program
-    programs = launch.multiprocessors(x) if several else count
-    rest = last_round(count, programs)
-    flat, gated = x.view(rows, inputs), out.view(rows, outputs)
-    low = tall // 2 if rest else tall
     launch.start(
         _linear_geglu,
-        (min(max(count - rest, 2 * rest), programs),),
-        *(tiles(flat, [tall, deep]), tiles(flat, [low, deep]), tiles(halves, [2, wide, deep]), bias),
-        *(tiles(gated, [tall, wide]), tiles(gated, [low, wide])),
-        *(bias if s is None else s for s in (of_x, of_weight, scale)),
-        *(rows, outputs, inputs, rest, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
-        *(("row" if by_row else "all") if rounded else "", scale is not None, rest > 0),
+        (min(count, launch.multiprocessors(x)) if several else count,),
+        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias),
+        *(tiles(out.view(rows, outputs), [tall, wide]), *(bias if s is None else s for s in (of_x, of_weight, scale))),
+        *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
+        *(("row" if by_row else "all") if rounded else "", scale is not None),
         num_warps=warps,
         num_stages=stages,
     )
@@ -95,12 +88,6 @@ def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int) -> tup
         deep //= 2
     held = (memory - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * dtype.itemsize)
     return tall, wide, deep, warps, max(1, min(stages, held))
-
-
-def last_round(tiles: int, programs: int) -> int:
-    """How many of `tiles` to halve: those left for a last round, if their halves take no more programs than there are."""
-    rest = tiles % programs
-    return rest if 2 * rest <= programs else 0
 
 
 def suits(rows: int, device: torch.device) -> bool:
@@ -135,60 +122,38 @@ def bytes_moved(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
 
 
 @triton.jit
-def _place(tile, rows, outputs, TALL: tl.constexpr, WIDE: tl.constexpr, TOGETHER: tl.constexpr):
-    """Where a tile is: what is computed at the same time shares rows of x and weights, TOGETHER tiles of rows by as many of outputs."""
-    down, band = tl.cdiv(rows, TALL), TOGETHER * tl.cdiv(outputs, WIDE)
-    first = tile // band * TOGETHER
-    high = tl.minimum(down - first, TOGETHER)
-    return (first + tile % band % high) * TALL, tile % band // high * WIDE
-
-
-@triton.jit
-def _tile(
-    x, weight, bias, out, of_x, of_weight, of_out, row, column, rows, outputs, inputs,
-    TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, EXACT: tl.constexpr, ROUNDED: tl.constexpr, ROUNDS: tl.constexpr,
-):  # fmt: skip
-    both = tl.zeros([TALL, 2 * WIDE], tl.float32)
-    for k in range(0, inputs, DEEP):
-        some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
-        if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
-            some, of_both = some.to(tl.float32), of_both.to(tl.float32)
-        both = tl.dot(some, of_both.T, both, input_precision="ieee")
-    values, gates = both.reshape(TALL, 2, WIDE).permute(0, 2, 1).split()
-    at, line = column + tl.arange(0, WIDE), row + tl.arange(0, TALL)
-    if ROUNDED == "row":
-        of_line = tl.load(of_x + line, line < rows, 0.0)[:, None]
-        values *= of_line * tl.load(of_weight + at, at < outputs, 0.0)[None, :]
-        gates *= of_line * tl.load(of_weight + outputs + at, at < outputs, 0.0)[None, :]
-    elif ROUNDED == "all":
-        values *= tl.load(of_x) * tl.load(of_weight)
-        gates *= tl.load(of_x) * tl.load(of_weight)
-    values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
-    gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
-    gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
-    gated = values * gelu
-    if ROUNDS:
-        gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
-    out.store([row, column], gated.to(out.dtype))
-
-
-@triton.jit(do_not_specialize=["rest"])  # not one more compilation for every size of a picture
 def _linear_geglu(
-    x, x_low, weight, bias, out, out_low, of_x, of_weight, of_out, rows, outputs, inputs, rest,
+    x, weight, bias, out, of_x, of_weight, of_out, rows, outputs, inputs,
     TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
-    ROUNDED: tl.constexpr, ROUNDS: tl.constexpr, HALVES: tl.constexpr,
+    ROUNDED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    whole = tl.cdiv(rows, TALL) * tl.cdiv(outputs, WIDE) - rest
-    for tile in tl.range(tl.program_id(0), whole, tl.num_programs(0), flatten=True):
-        row, column = _place(tile, rows, outputs, TALL, WIDE, TOGETHER)
-        _tile(
-            x, weight, bias, out, of_x, of_weight, of_out, row, column, rows, outputs, inputs,
-            TALL, WIDE, DEEP, EXACT, ROUNDED, ROUNDS,
-        )  # fmt: skip
-    if HALVES:
-        for half in tl.range(tl.program_id(0), 2 * rest, tl.num_programs(0), flatten=True):
-            row, column = _place(whole + half // 2, rows, outputs, TALL, WIDE, TOGETHER)
-            _tile(
-                x_low, weight, bias, out_low, of_x, of_weight, of_out, row + half % 2 * (TALL // 2), column, rows, outputs, inputs,
-                TALL // 2, WIDE, DEEP, EXACT, ROUNDED, ROUNDS,
-            )  # fmt: skip
+    # what is computed at the same time shares rows of x and weights: TOGETHER tiles of rows by as many of outputs
+    down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE)
+    band = TOGETHER * across
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile // band * TOGETHER
+        high = tl.minimum(down - first, TOGETHER)
+        row = (first + tile % band % high) * TALL
+        column = tile % band // high * WIDE
+        both = tl.zeros([TALL, 2 * WIDE], tl.float32)
+        for k in range(0, inputs, DEEP):
+            some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
+            if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
+                some, of_both = some.to(tl.float32), of_both.to(tl.float32)
+            both = tl.dot(some, of_both.T, both, input_precision="ieee")
+        values, gates = both.reshape(TALL, 2, WIDE).permute(0, 2, 1).split()
+        at, line = column + tl.arange(0, WIDE), row + tl.arange(0, TALL)
+        if ROUNDED == "row":
+            of_line = tl.load(of_x + line, line < rows, 0.0)[:, None]
+            values *= of_line * tl.load(of_weight + at, at < outputs, 0.0)[None, :]
+            gates *= of_line * tl.load(of_weight + outputs + at, at < outputs, 0.0)[None, :]
+        elif ROUNDED == "all":
+            values *= tl.load(of_x) * tl.load(of_weight)
+            gates *= tl.load(of_x) * tl.load(of_weight)
+        values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
+        gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
+        gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
+        gated = values * gelu
+        if ROUNDS:
+            gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
+        out.store([row, column], gated.to(out.dtype))
