@@ -52,12 +52,11 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
     assert found.metadata.shared <= memory, (capability, found.metadata.shared)
     for dtype, name in ((torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16")):
         tall, wide, deep, warps, stages = linear_geglu.tile_of(8192, dtype, dtype, memory)
-        low, types = tall // 2, {"weight": f"tensordesc<{name}[2, {wide}, {deep}]>", "rest": "i32"}
-        types |= {"x": f"tensordesc<{name}[{tall}, {deep}]>", "x_low": f"tensordesc<{name}[{low}, {deep}]>"}
-        types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>", "out_low": f"tensordesc<{name}[{low}, {wide}]>"}
+        types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
+        types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>"}
         rounded = dtype is torch.float8_e4m3fn
         constants = {"TALL": tall, "WIDE": wide, "DEEP": deep, "TOGETHER": 8, "EXACT": False}
-        constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded, "HALVES": True}
+        constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded}
         found = compiled(linear_geglu._linear_geglu, constants, capability, types, num_warps=warps, num_stages=stages)
         assert found.metadata.shared <= memory, (capability, name, found.metadata.shared)
 try:

@@ -171,19 +171,6 @@ def test_linear_geglu(device, shape, outputs, scales, rounds):
         assert (off <= (HALF_A_STEP + 2.0**-8) * inside.abs() * 1.07 + HALF_OF_LAST * 0.3).all()
 
 
-@pytest.mark.parametrize("scales", ["row", "all"])
-def test_linear_geglu_in_halves(device, scales, monkeypatch):
-    """The same numbers, whether the last tiles are halved or not: three by two tiles, the last ones over the edge."""
-    of = [scales if scales == "row" else torch.tensor(0.01, device=device)] * 2
-    x, weight = (to_float8.to_float8(random(shape, torch.float32, device), s) for shape, s in zip(((300, 80), (2 * 144, 80)), of))
-    bias, scale = random(2 * 144, torch.bfloat16, device), torch.tensor(0.3, device=device)
-    made = []
-    for programs in (1, 5):
-        monkeypatch.setattr(launch, "multiprocessors", lambda x, programs=programs: programs)
-        made.append(linear_geglu.linear_geglu(x, weight, bias, scale).values.view(torch.uint8))
-    assert linear_geglu.last_round(6, 5) == 1 and torch.equal(*made)
-
-
 def test_a_row_of_zeros_and_one_of_the_tiniest_numbers(device):
     x = torch.zeros(4, 64, device=device)
     x[1], x[2], x[3, 5] = 1e-38, torch.randn(64).to(device), -3e38

@@ -141,33 +141,6 @@ def test_two_images_whose_parts_of_a_shortcut_nearly_cancel(device):
     assert (ours.double() - exact).abs().max() <= 2.0**-10 * exact.abs().max()
 
 
-@pytest.mark.parametrize(("tiles", "programs", "rest"), [
-    (320, 132, 56), (640, 132, 0), (264, 132, 0), (330, 132, 66), (331, 132, 0), (60, 132, 60), (67, 132, 0), (7, 7, 0), (7, 1, 0),
-])  # fmt: skip
-def test_tiles_of_a_last_round_are_halved_where_there_are_programs_for_the_halves(tiles, programs, rest):
-    assert linear_geglu.last_round(tiles, programs) == rest
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [129, 300, 256])
-@pytest.mark.parametrize("programs", [5, 4, 40])
-def test_linear_geglu_in_halves(device, dtype, rows, programs, monkeypatch):
-    """The same numbers, whether the last tiles are halved or not: 2 or 3 by 2 tiles, the last ones over the edge."""
-    monkeypatch.setattr(linear_geglu, "ENOUGH", 1)
-    x, weight = random((rows, 72), dtype, device), random((2 * 136, 72), dtype, device)
-    bias, started = random(2 * 136, dtype, device), []
-    start = launch.start
-    monkeypatch.setattr(launch, "start", lambda *a, **k: (started.append(a[1][0]), start(*a, **k)))
-    monkeypatch.setattr(launch, "multiprocessors", lambda x: 1)  # each tile in its turn
-    whole = linear_geglu.linear_geglu(x, weight, bias)
-    monkeypatch.setattr(launch, "multiprocessors", lambda x: programs)
-    halved = linear_geglu.linear_geglu(x, weight, bias)
-    assert torch.equal(halved, whole) and halved.isfinite().all()
-    tiles = 4 if rows <= 256 else 6
-    rest = linear_geglu.last_round(tiles, programs)
-    assert started == [1, min(programs, max(tiles - rest, 2 * rest))] and (rest > 0) == ((tiles, programs) not in {(4, 4), (4, 5)})
-
-
 def test_what_linear_geglu_is_made_for(monkeypatch):
     x, weight, bias = torch.zeros(2, 512, 16).half(), torch.zeros(32, 16).half(), torch.zeros(32).half()
     assert linear_geglu.fits(x, weight, bias) and linear_geglu.suits(1024, torch.device("cpu"))
