@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -27,6 +28,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.hooks import apply_group_offloading, group_offloading
@@ -35,6 +37,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
+from diffusers.utils import torch_utils
 from peft import LoraConfig
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from tiny import draw, psnr, tiny_sdxl
@@ -715,6 +718,51 @@ def test_a_picture_begins_with_the_weights_as_they_are(tiny, captured, restart):
     assert len(captured) == 2
 
 
+def test_a_picture_begins_once_and_while_the_gpu_is_at_the_prompt(tiny, captured, monkeypatch):
+    engine.prepare(tiny)
+    own, begun = tiny.prepare_latents, []
+    monkeypatch.setattr(tiny, "prepare_latents", lambda *args: (begun.append(tiny.unet.forward.picture), own(*args))[1])
+    for _ in range(2):
+        small(tiny)
+    assert begun == [1, 2] and tiny.unet.forward.picture == 2
+    before, copied = small(tiny), copy.deepcopy(tiny)
+    assert np.array_equal(small(copied), before) and copied.unet.forward.picture == 1 and tiny.unet.forward.picture == 3
+    engine.restore(tiny)
+    assert "encode_prompt" not in vars(tiny) and copied.encode_prompt.__self__ is copied
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("after", ["a prompt encoded by hand", "a call that failed"])
+def test_weights_that_change_after_the_prompt_was_encoded_show(tiny, captured, after, monkeypatch):
+    """In a loop of one's own: within a pipeline's call nothing could have changed them."""
+    sample, inputs = unet_inputs()
+    times = torch.tensor([900, 500])
+    engine.prepare(tiny)
+    small(tiny)
+    if after == "a call that failed":
+        monkeypatch.setattr(tiny, "prepare_latents", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            small(tiny)
+    else:
+        tiny.encode_prompt("a red ball", device="cpu")
+    for weight in tiny.unet.parameters():
+        weight.data.mul_(0.9)
+    for t in times:
+        ours = tiny.unet(sample, t, **inputs).sample
+        assert (ours - type(tiny.unet).forward(tiny.unet, sample, t, **inputs).sample).abs().max() < 1e-4
+
+
+def test_processors_that_a_pipeline_sets_after_its_prompt_are_told_as_what_they_are(tiny, captured, monkeypatch):
+    """As those of perturbed attention do."""
+    engine.prepare(tiny)
+    small(tiny)
+    own = tiny.prepare_latents
+    monkeypatch.setattr(tiny, "prepare_latents", lambda *args: (tiny.unet.set_attn_processor(Halved()), own(*args))[1])
+    with pytest.warns(UserWarning, match="a processor unknown here, Halved"):
+        ours = small(tiny)
+    assert_same(ours, small(engine.restore(tiny)))
+
+
 def test_inference_mode_has_no_versions_and_is_right_all_the_same(tiny, captured):
     with torch.inference_mode():
         sample, inputs = unet_inputs()
@@ -1002,6 +1050,22 @@ def test_whether_a_model_is_offloaded_is_answered_as_diffusers_does():
     assert own(model[0]) is hooks.group_offload_hook(model[0]) is None
 
 
+def test_where_a_model_will_be_called_is_answered_as_diffusers_does():
+    own = hooks._own_device
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)))
+    model.unused = None
+    assert own(model) == hooks.execution_device(model) == torch.device("cpu")
+    model.to("meta")
+    assert own(model) == hooks.execution_device(model) == torch.device("meta")
+    cpu_offload(model[1], torch.device("cpu"), state_dict=model[1].to_empty(device="cpu").state_dict())
+    assert own(model) == hooks.execution_device(model) == torch.device("cpu")
+    grouped = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    apply_group_offloading(grouped, torch.device("cpu"), offload_type="leaf_level")
+    assert own(grouped) == hooks.execution_device(grouped) == torch.device("cpu")
+    buffers = torch.nn.BatchNorm1d(2, affine=False, device="meta")
+    assert own(buffers) == hooks.execution_device(buffers) == torch.device("meta")
+
+
 def test_that_no_model_is_offloaded_is_known_until_one_is(monkeypatch):
     monkeypatch.setattr(hooks, "_prepared", weakref.WeakSet())
     model, other = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)
@@ -1028,11 +1092,13 @@ def test_diffusers_answers_for_itself_when_no_pipeline_is_prepared(captured, mon
     pipes = [tiny_sdxl(), tiny_sdxl()]
     for pipe in pipes:
         engine.prepare(pipe)
-    assert getattr(group_offloading, hooks.ASKED) is hooks.group_offload_hook
-    engine.restore(pipes[0])
-    assert getattr(group_offloading, hooks.ASKED) is hooks.group_offload_hook
-    engine.restore(pipes[1])
+    of_pipelines = sys.modules[StableDiffusionXLPipeline.__module__]
+    for pipe in pipes:
+        assert getattr(group_offloading, hooks.ASKED) is hooks.group_offload_hook
+        assert getattr(of_pipelines, hooks.ASKED_OF_DEVICE) is hooks.execution_device
+        engine.restore(pipe)
     assert getattr(group_offloading, hooks.ASKED).__module__ == group_offloading.__name__
+    assert getattr(of_pipelines, hooks.ASKED_OF_DEVICE).__module__ == torch_utils.__name__
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -9,7 +9,7 @@ from sdopt import models, timing
 from sdopt.errors import UserError
 
 try:
-    from sdopt.engine import fp8, fused, graphs, hooks, pictures, text, unet
+    from sdopt.engine import ahead, fp8, fused, graphs, hooks, pictures, text, unet
 except ModuleNotFoundError as missing:  # Triton, which comes with PyTorch for CUDA alone
     MISSING = missing.name
 else:
@@ -82,6 +82,7 @@ def prepare(
             part.forward = kind(part, memory, keep)
     pictures.put(getattr(pipe, "image_processor", None))
     hooks.put(denoiser)
+    ahead.put(pipe)
     return pipe
 
 
@@ -109,6 +110,7 @@ def restore(pipe):
         vars(scheduler).pop("_init_step_index", None)
     pictures.take(getattr(pipe, "image_processor", None))
     hooks.take(pipe.unet)
+    ahead.take(pipe)
     return pipe
 
 

@@ -8,12 +8,13 @@ weights have moved. Weights that change where they are need no new graph.
 import threading
 import warnings
 from collections import OrderedDict
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import update_wrapper
 from weakref import WeakSet
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sdopt.engine import state
 from sdopt.errors import UserError
@@ -39,7 +40,10 @@ class Memory:
     """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from.
 
     `lock`: held from a graph's inputs to a copy of its outputs, and over captures, since another thread may use the pool.
+    `left`: something was started `beside`, and nothing waits for it yet.
     """
+
+    left = False
 
     def __init__(self):
         self.stream = self.handle = None
@@ -75,6 +79,40 @@ def capture(call, memory: Memory):
         output = call()
     memory.graphs.add(graph)
     return graph.replay, output
+
+
+def mark(module):
+    """What the GPU of `module` has been given to do so far, for `beside`; None on a CPU, which does one thing after another."""
+    return torch.cuda.current_stream().record_event() if next(module.parameters()).is_cuda else None
+
+
+@contextmanager
+def beside(memory: Memory, mark):
+    """What is started within goes on beside what was started after `mark`, until `join`: graphs of `memory`, which no other has."""
+    if mark is None:
+        yield
+        return
+    memory.stream = memory.stream or torch.cuda.Stream()
+    memory.stream.wait_event(mark)
+    with torch.cuda.stream(memory.stream):
+        yield
+    memory.left = True
+
+
+def join(memory: Memory):
+    """Let what is started from now on wait for what was started `beside`."""
+    if memory.left:
+        torch.cuda.current_stream().wait_stream(memory.stream)
+        memory.left = False
+
+
+def copied(output):
+    """`output`, tensors in whatever structure, with tensors of its own: those of one dtype by one kernel."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    copies = list(map(torch.empty_like, tensors))
+    torch._foreach_copy_(copies, tensors)
+    following = iter(copies)
+    return tree_map_only(torch.Tensor, lambda _: next(following), output)
 
 
 def waits(call):
@@ -176,7 +214,7 @@ class Captured:
             input, replay, output = self.entry(key, make)
             input.copy_(tensor)
             replay()
-            return tree_map_only(torch.Tensor, torch.clone, output)
+            return copied(output)
 
     def eagerly(self, reason, *args, **kwargs):
         """The module's own forward; says once why."""

@@ -1,17 +1,21 @@
-"""A question that diffusers asks of all modules of a pipeline several times a picture, and a sooner answer.
+"""Two questions that diffusers asks of all modules of a model several times a picture, and sooner answers.
 
-Whether a model is offloaded in groups is known to a registry on one of its modules, `_diffusers_hook`. diffusers looks for it by
-`hasattr`, whose "no" takes a microsecond a module: with SDXL some ten milliseconds a picture, in which the GPU waits. Here the
-modules' own dicts are asked, in the same order, to the same answer; and a "no" holds until a hook is registered anywhere. By all
-pipelines, as long as one is prepared.
+Whether a model is offloaded in groups is known to a registry on one of its modules, `_diffusers_hook`; and on which device it will be
+called, where accelerate offloads it, to a hook on one of them, `_hf_hook`. diffusers looks for both by `hasattr` and `getattr`, whose
+"no" takes a microsecond a module: with SDXL some ten milliseconds a picture, in which the GPU waits. Here the modules' own dicts
+are asked, in the same order, to the same answer; and that a model is not offloaded in groups holds until a hook is registered
+anywhere. By all pipelines, as long as one is prepared.
 """
 
+import sys
 from weakref import WeakSet
 
 from diffusers.hooks import HookRegistry, group_offloading
+from diffusers.utils import torch_utils
 
-ASKED = "_get_top_level_group_offload_hook"
-_own = getattr(group_offloading, ASKED, None)  # private, and perhaps gone one day
+# Private both, and perhaps gone one day. The second is known to each pipeline's file by its name.
+ASKED, ASKED_OF_DEVICE = "_get_top_level_group_offload_hook", "get_module_execution_device"
+_own, _own_device = getattr(group_offloading, ASKED, None), getattr(torch_utils, ASKED_OF_DEVICE, None)
 _register = HookRegistry.register_hook
 _prepared, _without = WeakSet(), WeakSet()
 
@@ -23,14 +27,26 @@ def put(model):
     if _own:
         setattr(group_offloading, ASKED, group_offload_hook)
         HookRegistry.register_hook = register_hook
+    if _own_device:
+        _everywhere(_own_device, execution_device)
 
 
 def take(model):
     """Undo `put`: with the last model diffusers answers for itself again."""
     _prepared.discard(model)
-    if _own and not _prepared:
+    if _prepared:
+        return
+    if _own:
         setattr(group_offloading, ASKED, _own)
         HookRegistry.register_hook = _register
+    if _own_device:
+        _everywhere(execution_device, _own_device)
+
+
+def _everywhere(known, new):
+    for name, module in list(sys.modules.items()):
+        if name.startswith("diffusers.") and vars(module).get(ASKED_OF_DEVICE) is known:
+            setattr(module, ASKED_OF_DEVICE, new)
 
 
 def register_hook(registry, *args, **kwargs):
@@ -45,18 +61,30 @@ def group_offload_hook(module):
     """The first hook by which `module`, or one within it, is offloaded in groups, or None."""
     if module in _without:
         return None
-    left = [module]
-    while left:
-        part = left.pop()
-        if part is None:
-            continue
-        own = part.__dict__
+    for own in _dicts(module):
         if "_diffusers_hook" in own:
             hook = own["_diffusers_hook"].get_hook(group_offloading._GROUP_OFFLOADING)
             if hook is not None:
                 return hook
-        if part._modules:
-            left.extend(reversed(part._modules.values()))
     if _prepared:  # registrations are seen
         _without.add(module)
     return None
+
+
+def execution_device(module):
+    """The device that the inputs of `module` have to be on."""
+    if any("_hf_hook" in own for own in _dicts(module)) or group_offload_hook(module) is not None:
+        return _own_device(module)
+    first = next(module.parameters(), None)
+    return _own_device(module) if first is None else first.device
+
+
+def _dicts(module):
+    """The attributes of `module` and of all within it, as `modules` walks them."""
+    left = [module]
+    while left:
+        part = left.pop()
+        if part is not None:
+            yield part.__dict__
+            if part._modules:
+                left.extend(reversed(part._modules.values()))

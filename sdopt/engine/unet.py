@@ -1,5 +1,7 @@
 """A UNet's calls by CUDA graphs, with what is the same at every step of a picture computed once."""
 
+import sys
+
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -26,12 +28,19 @@ class UNet(graphs.Captured):
     last = None  # the timestep of the call before
     picture = 0  # counts them
     switched = None  # tells whether a LoRA or the like was, since the picture began
+    begun = None  # the pipeline's call whose picture has begun already
+
+    def __init__(self, module, memory, limit):
+        super().__init__(module, memory, limit)
+        self.gathering = graphs.Memory()  # of its own: what is computed from weights may be so beside other graphs
 
     @torch.compiler.disable
     def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict=True, **kwargs):
         inputs, unknown = _named(sample, timestep, encoder_hidden_states, args, kwargs)
-        if not _follows(self.last, timestep):
-            self._begin()
+        begun, self.begun = self.begun, None
+        if not _follows(self.last, timestep) and (begun not in _callers() or self.switched()):
+            self.begin()
+        graphs.join(self.gathering)
         self.last = timestep
         reason = unknown or self.obstacle()
         if reason:
@@ -47,9 +56,14 @@ class UNet(graphs.Captured):
         copied.rounding = self.rounding
         return copied
 
-    def _begin(self):
-        """Before a picture: see that the graphs are still right, and compute again what was computed from weights."""
+    def begin(self, mark=None, call=None):
+        """Before a picture: see that the graphs are still right, and compute again what was computed from weights.
+
+        With a `mark`, of before what the GPU is still at, beside that; `call`: the frame of the pipeline's call it is done for,
+        in which nothing can change until the UNet is called.
+        """
         self.picture += 1
+        self.begun = call
         changed = self.look()
         if changed:
             self.held = None
@@ -59,7 +73,8 @@ class UNet(graphs.Captured):
             with self.memory.lock:
                 with torch.inference_mode(False):  # what it holds is written to outside it, too
                     self.held = self.held or _held(self.module, self.rounding)
-                self.held.renew(lambda call: graphs.capture(call, self.memory))
+                with graphs.beside(self.gathering, mark):
+                    self.held.renew(lambda call: graphs.capture(call, self.gathering))
 
     def obstacle(self):
         switched = "LoRAs, FreeU or attention processors were switched within a picture"
@@ -152,6 +167,13 @@ def _as_call(places):
         "down_block_additional_residuals": tuple(down) or None,
         "mid_block_additional_residual": middle,
     }
+
+
+def _callers():
+    """The frames of the calls that led here."""
+    frame = sys._getframe(1)
+    while frame := frame.f_back:
+        yield frame
 
 
 def _follows(last, timestep):
