@@ -47,8 +47,10 @@ def measure(state, tell, job):
     return {key: made[key] for key in NUMBERS} | {"first_call_s": 20.0, "drawn_with": dict(DRAWN_WITH)}, images
 
 
-def settle(state, tell):
-    pass
+def settle(state, tell, job):
+    made = made_up_row(job.recipe.id, 1.0)
+    made["as_run"] |= {"attention": None, "attention_unknown": "not looked at"}
+    return {key: made[key] for key in ("peak_memory_bytes", "stages_ms", "as_run")} | {"drawn_with": dict(DRAWN_WITH)}
 
 
 def give_back(state, tell):
@@ -61,9 +63,10 @@ def draw_timed(state, tell, run):
     return 1.0 + run / 10 + len(state["id"]) / 100
 
 
-def finish(state, tell, job):
-    made = made_up_row(job.recipe.id, 1.0)
-    return {key: made[key] for key in ("peak_memory_bytes", "stages_ms", "as_run")} | {"drawn_with": dict(DRAWN_WITH)}
+def look(state, tell, job):
+    if (job.cache.parent / "no look").exists():
+        raise MemoryError("CUDA out of memory")
+    return {"attention": ["flash"]}, {"unet_kernels": []}
 
 
 def study(out, kind, runs=2, shared=SHARED):
@@ -71,7 +74,7 @@ def study(out, kind, runs=2, shared=SHARED):
     with pytest.MonkeyPatch.context() as patch:
         for module, names in (
             (walk, ("first_call", "measure")),
-            (peers, ("first_call", "settle", "draw_timed", "give_back", "finish")),
+            (peers, ("first_call", "settle", "draw_timed", "give_back", "look")),
         ):
             for name in names:
                 patch.setattr(module, name, globals()[name])
@@ -121,6 +124,22 @@ def test_rows_measured_otherwise_are_not_mixed(tmp_path):
     killed(tmp_path, "path", 2)
     with pytest.raises(UserError, match="measured with another height: give another folder"):
         study(tmp_path, "path", shared=SHARED | {"height": 128})
+
+
+def test_peers_that_have_been_timed_are_measured_whatever_becomes_of_the_last_look(tmp_path):
+    """The writes: one of compile's first call, one a row that is ready, one a round, one a look."""
+    killed(tmp_path, "peers", 8)
+    rows = results.read(tmp_path / "pocket-peers.json")["rows"]
+    assert {row["status"] for row in rows} == {"ok"} and {len(row["latency_s"]["runs"]) for row in rows} == {2}
+    assert {row["as_run"]["attention_unknown"] for row in rows} == {"not looked at"}
+    for out, attended in ((tmp_path / "a", {"attention": ["flash"]}), (tmp_path / "b", {"attention": None})):
+        out.mkdir()
+        if not attended["attention"]:
+            (out / "no look").touch()
+            attended["attention_unknown"] = "MemoryError: CUDA out of memory"
+        for row in study(out, "peers")["rows"]:
+            assert row["status"] == "ok" and attended.items() <= row["as_run"].items()
+            assert ("attention_unknown" in row["as_run"]) == ("attention_unknown" in attended)
 
 
 def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
@@ -199,7 +218,7 @@ def peers_with_searches(out):
     with pytest.MonkeyPatch.context() as patch:
         for name, function in (("first_call", compile_beside), ("settle", settle), ("draw_timed", draw_timed)):
             patch.setattr(peers, name, function)
-        for name, function in (("give_back", give_back), ("finish", finish), ("head", lambda *_: HEAD)):
+        for name, function in (("give_back", give_back), ("look", look), ("head", lambda *_: HEAD)):
             patch.setattr(peers, name, function)
         patch.setattr(walk, "first_call", compile_beside)
         patch.setattr(process, "context", lambda device: CPU)

@@ -7,7 +7,7 @@ from pathlib import Path
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
-from sdopt.bench.row import draw_timed, finish, first_call, give_back, settle
+from sdopt.bench.row import draw_timed, first_call, give_back, look, settle
 from sdopt.bench.walk import LIMIT_S, compile_first, is_to_compile, job_of, timed
 from sdopt.timing import latency
 
@@ -42,7 +42,7 @@ def take_turns(
             _rounds(ledger, shared["runs"], device, workers, progress, limit_s)
             for i, worker in workers.items():
                 progress(shared["runs"], f"{i}: a last look")
-                _finish(ledger, jobs[i], worker, limit_s)
+                _look(ledger, jobs[i], worker, limit_s)
             for worker in workers.values():  # while nothing is timed, and all at once
                 worker.let_go()
             for worker in workers.values():
@@ -93,9 +93,9 @@ def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):
         worker = fresh.take()
         try:
             first = worker.call(first_call, job, on_phase=tell, limit_s=limit_s)
-            row |= {key: first[key] for key in ("prepare_s", "first_call_s")}
             fresh.start_next()
-            worker.call(settle, on_phase=tell, limit_s=limit_s)
+            numbers = worker.call(settle, job, on_phase=tell, limit_s=limit_s)
+            row |= timed(row, numbers | {key: first[key] for key in ("prepare_s", "first_call_s")}, job)
         except BaseException:
             worker.stop()
             raise
@@ -118,7 +118,8 @@ def _rounds(ledger, runs, device, workers, progress, limit_s):
                 seconds = _ask(ledger, workers, i, draw_timed, turn, limit_s=limit_s)
                 if i in workers:
                     times = latency([*_runs(ledger, i)[:turn], seconds])
-                    rows.append(ledger.row(i) | {"latency_s": times, "beside": together})
+                    status = {"status": "ok"} if turn == runs - 1 else {}  # what comes after adds to it
+                    rows.append(ledger.row(i) | {"latency_s": times, "beside": together} | status)
             ledger.put(*rows)
     if seen:
         ledger.put(gpu_while_timed=seen)
@@ -137,10 +138,12 @@ def _runs(ledger, i):
     return ledger.row(i).get("latency_s", {}).get("runs", [])
 
 
-def _finish(ledger, job, worker, limit_s):
+def _look(ledger, job, worker, limit_s):
+    """Add what a profiler finds to a row, "ok" from now on in any case; one that fails leaves the row as it was timed."""
     row = ledger.row(job.recipe.id)
     try:
-        numbers = worker.call(finish, job, limit_s=limit_s) | {"first_call_s": row["first_call_s"]}
-        ledger.put(row | timed(row, numbers, job) | {"status": "ok"})
+        attended, more = worker.call(look, job, limit_s=limit_s)
     except process.RowFailed as failure:
-        ledger.put(row | {"status": f"failed: {failure}"})
+        attended, more = {"attention": None, "attention_unknown": str(failure)}, {}
+    how = {key: value for key, value in row["as_run"].items() if key not in ("attention", "attention_unknown")}
+    ledger.put(row | more | {"as_run": how | attended, "status": "ok"})

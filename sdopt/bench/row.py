@@ -148,11 +148,22 @@ def first_call(state, tell, job):
     return first
 
 
-def settle(state, tell):
-    """After `first_call`: draw until nothing is left to capture."""
+def settle(state, tell, job):
+    """After `first_call`: draw until nothing is left to capture; what a row has beside its times and what a profiler finds.
+
+    That stays in a process, and may slow down what is timed after it: see `look`.
+    """
     tell("settling")
-    if state["pipe"].device.type == "cuda":
+    pipe = state["pipe"]
+    cuda = pipe.device.type == "cuda"
+    if cuda:
         timing.settle_down(state["draw"], timing.SETTLING_CALLS)
+    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]), timing.STAGE_CALLS if cuda else 1)
+    memory, memory_of, counted = timing.peak_memory(cuda)
+    counted.pop("device", None)  # the others' as well
+    switches = as_run(pipe) | {"peak_memory_of": memory_of, "attention": None, "attention_unknown": "not looked at"}
+    numbers = {"peak_memory_bytes": memory, "stages_ms": stages, "as_run": switches}
+    return numbers | ({"memory_bytes": counted} if counted else {}) | {"drawn_with": drawn_with(pipe, job, state["call"])}
 
 
 def draw_timed(state, tell, run):
@@ -174,16 +185,11 @@ def give_back(state, tell):
         state["gave_back"] = True
 
 
-def finish(state, tell, job):
-    """After the timed calls: what a row has beside its times."""
+def look(state, tell, job):
+    """After the timed calls: the row's kernels, and of the engine what a new size costs; as `unet_profile` returns them."""
     pipe = state["pipe"]
-    memory, memory_of, counted = timing.peak_memory(pipe.device.type == "cuda")
-    counted.pop("device", None)  # the others' as well
-    calls = timing.STAGE_CALLS if pipe.device.type == "cuda" else 1
-    stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]), calls)
-    numbers = {"peak_memory_bytes": memory, "stages_ms": stages} | ({"memory_bytes": counted} if counted else {})
-    numbers |= how_it_ran(pipe, job, state["call"], memory_of)
-    return numbers | ({"other_size": other_size(pipe, job, state["call"])} if engine.is_prepared(pipe) else {})
+    attended, kernels = unet_profile(pipe, job, state["call"])
+    return attended, kernels | ({"other_size": other_size(pipe, job, state["call"])} if engine.is_prepared(pipe) else {})
 
 
 def other_size(pipe, job, call_kwargs):
@@ -211,7 +217,7 @@ def measure(state, tell, job):
     keep_artifacts(job)
     graphs = {"graphs": compilation.graphs_so_far()} if compiles else {}
     numbers |= graphs | ({"gpu": seen} if seen else {}) | how_it_ran(pipe, job, call_kwargs, memory_of)
-    return numbers, [[np.asarray(image) for image in images] for images in pictures]
+    return numbers, [list(map(np.asarray, images)) for images in pictures]
 
 
 def how_it_ran(pipe, job, call_kwargs, memory_of):
@@ -251,15 +257,13 @@ def unet_profile(pipe, job, call_kwargs):
     """Which kernels attend in the UNet, and its calls' kernels by kind, from a profile of a few more steps.
 
     ({"attention": [...]}, {"unet_kernels": [{"samples", "ms": {kind: ms}, "longest": {kind: {name: ms}}}]}), of the latter
-    one for each batch that the UNet sees: of its last call, which computes nothing that is computed once a picture. Empty on a
-    CPU, which has no kernels to see.
+    one for each batch that the UNet sees: of its last call, which computes nothing that is computed once a picture. On a CPU none.
     """
-    calls = {}
+    calls, answer = {}, []
 
     def profiled(run, sample, *args, **kwargs):
-        answer = []
         calls[len(sample)] = profiling.profile(lambda: answer.append(run(sample, *args, **kwargs)))
-        return answer[0]
+        return answer.pop()
 
     steps = 10 if "callback_on_step_end" in call_kwargs else 2  # two calls of each batch, where guidance ends on the way
     draw = drawing.drawer(pipe, job, **call_kwargs | {"num_inference_steps": steps})

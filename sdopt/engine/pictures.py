@@ -25,4 +25,5 @@ def postprocess(processor, image, output_type="pil", do_denormalize=None):
         return type(processor).postprocess(processor, image, output_type, do_denormalize)
     image = type(processor).postprocess(processor, image, "pt", do_denormalize)
     pixels = image.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return [Image.fromarray(one) for one in pixels.cpu().numpy()]
+    here = torch.empty_like(pixels, device="cpu", pin_memory=pixels.is_cuda)  # where a GPU writes without a detour
+    return [Image.fromarray(one) for one in here.copy_(pixels).numpy()]
