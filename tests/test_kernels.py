@@ -165,6 +165,18 @@ def test_a_wider_gated_tile_makes_the_same_numbers(device, dtype, outputs, progr
     assert torch.equal(*made) and made[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_within_a_product_is_as_exact_as_its_dtype(device, dtype):
+    """Values of one, gates from -20 to 20 and some far away: each result alone, not their root mean square."""
+    z = torch.cat([torch.linspace(-20, 20, 1500), torch.tensor([0.0, 1e4, -1e4, 6e4, -6e4])]).to(device, dtype)
+    x, weight, bias = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((len(z), 8), (16, 8), (16,)))
+    x[:, 0], weight[8:, 0], bias[:8] = z, 1, 1
+    ours, exact = linear_geglu.linear_geglu(x, weight, bias).double(), torch.nn.functional.gelu(z.double())[:, None]
+    step = torch.finfo(dtype).eps * (1 if device == "cpu" else 0.5)  # the interpreter truncates to bfloat16
+    allowed = 1.001 * step * exact.abs() + torch.finfo(dtype).smallest_normal * step + 7e-7 * (1 if dtype.itemsize == 2 else 5)
+    assert ((ours - exact).abs() <= allowed).all()
+
+
 def test_what_linear_geglu_is_made_for(monkeypatch):
     x, weight, bias = torch.zeros(2, 512, 16).half(), torch.zeros(32, 16).half(), torch.zeros(32).half()
     assert linear_geglu.fits(x, weight, bias) and linear_geglu.suits(1024, torch.device("cpu"))

@@ -152,6 +152,24 @@ def _step(x, weight, sums, k, column, WIDE: tl.constexpr, DEEP: tl.constexpr, EX
 
 
 @triton.jit
+def _gelu(z):
+    """z / 2 * (1 + erf(z / sqrt(2))), up to 7e-6 of it or 6e-7: float16 rounds off thirty times that. Fewer operations than erf's.
+
+    What is below -z of a normal distribution is a power of two of a polynomial of z: fitted here (least largest error) for z up
+    to 6, and falling on from there.
+    """
+    size = tl.abs(z)
+    power = 6.159829354146495e-05 - 1.8348113144384115e-06 * size
+    power = power * size - 0.0009305248386226594
+    power = power * size + 0.00850789062678814
+    power = power * size - 0.05396007001399994
+    power = power * size - 0.4584643840789795
+    power = power * size - 1.1512510776519775
+    tail = tl.exp2(power * size - 0.9999952912330627)
+    return z * tl.where(z < 0, tail, 1 - tail)
+
+
+@triton.jit
 def _put(
     both, out, bias, of_x, of_weight, of_out, row, column, rows, outputs,
     TALL: tl.constexpr, WIDE: tl.constexpr, ROUNDED: tl.constexpr, ROUNDS: tl.constexpr,
@@ -167,8 +185,10 @@ def _put(
         gates *= tl.load(of_x) * tl.load(of_weight)
     values += tl.load(bias + at, at < outputs, 0.0).to(tl.float32)[None, :]
     gates += tl.load(bias + outputs + at, at < outputs, 0.0).to(tl.float32)[None, :]
-    gelu = 0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476))
-    gated = values * gelu
+    if bias.dtype.element_ty == tl.float32:
+        gated = values * (0.5 * gates * (1 + tl.erf(gates * 0.7071067811865476)))
+    else:  # the tensor cores wait for it
+        gated = values * _gelu(gates)
     if ROUNDS:
         gated = in_e4m3(gated, 0.0, of_out, line, line < rows, False)
     out.store([row, column], gated.to(out.dtype))
