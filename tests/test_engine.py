@@ -5,6 +5,8 @@ leaves its outputs at fixed places, and nothing but a new capture puts them else
 """
 
 import copy
+import gc
+import inspect
 import random
 import subprocess
 import sys
@@ -47,7 +49,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
 from sdopt import compilation, engine, guidance, models
-from sdopt.engine import fused, graphs, hooks, once, pictures, plain, residual
+from sdopt.engine import ahead, fused, graphs, hooks, once, pictures, plain, residual
 from sdopt.errors import UserError
 from sdopt.kernels import (
     add_layer_norm,
@@ -727,8 +729,83 @@ def test_a_picture_begins_once_and_while_the_gpu_is_at_the_prompt(tiny, captured
     assert begun == [1, 2] and tiny.unet.forward.picture == 2
     before, copied = small(tiny), copy.deepcopy(tiny)
     assert np.array_equal(small(copied), before) and copied.unet.forward.picture == 1 and tiny.unet.forward.picture == 3
+
+
+def test_a_pipeline_that_shares_a_prepared_unet_encodes_with_its_own_parts(tiny, captured):
+    engine.prepare(tiny)
+    other = copy.copy(tiny)
+    other.text_encoder_2 = copy.deepcopy(tiny.text_encoder_2)
+    for weight in other.text_encoder_2.parameters():
+        weight.data.mul_(1.5)
+    ours, its_own = small(tiny), small(other)
+    assert np.abs(ours - its_own).max() > 1e-3
     engine.restore(tiny)
-    assert "encode_prompt" not in vars(tiny) and copied.encode_prompt.__self__ is copied
+    assert_same(its_own, small(other))
+
+
+def test_diffusers_own_methods_come_back_with_the_last_pipeline(captured, monkeypatch):
+    monkeypatch.setattr(hooks, "_prepared", weakref.WeakSet())  # other tests' pipelines may still be there
+    ahead.take()
+    names = ("__call__", "encode_prompt")
+    before = [vars(StableDiffusionXLPipeline)[name] for name in names]
+    asked = inspect.signature(StableDiffusionXLPipeline.encode_prompt)
+    pipes = [engine.prepare(tiny_sdxl()), engine.prepare(tiny_sdxl())]
+    assert inspect.signature(pipes[0].encode_prompt) == inspect.signature(before[1].__get__(pipes[0]))
+    assert inspect.signature(StableDiffusionXLPipeline.encode_prompt) == asked
+    for pipe in pipes:
+        assert not any(vars(StableDiffusionXLPipeline)[name] is own for name, own in zip(names, before))
+        engine.restore(pipe)
+    assert [vars(StableDiffusionXLPipeline)[name] for name in names] == before
+    pipes[0].unet = None
+    ahead.put(pipes[0])
+    assert pipes[0].encode_prompt("a red ball", device="cpu")[0].shape[1] == 77
+    ahead.take()
+
+
+def test_what_others_change_between_prompt_and_first_step_shows(tiny, captured):
+    class Own(type(tiny)):
+        def prepare_latents(self, *args):
+            self.unet.mid_block.resnets[0].conv1.weight.data.mul_(1.5)
+            return super().prepare_latents(*args)
+
+    def weaken(unet, args, kwargs):
+        unet.mid_block.resnets[0].conv1.weight.data.mul_(0.9)
+
+    eager = copy.deepcopy(tiny)
+    for pipe in (engine.prepare(tiny), eager):
+        pipe.__class__ = Own
+    for _ in range(2):
+        assert_same(small(tiny), small(eager))
+    handles = [pipe.unet.register_forward_pre_hook(weaken, with_kwargs=True) for pipe in (tiny, eager)]
+    for pipe in (tiny, eager):
+        pipe.__class__ = Own.__base__
+    assert_same(small(tiny, num_inference_steps=1), small(eager, num_inference_steps=1))
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_call_that_fails_leaves_nothing_of_itself(tiny, captured, monkeypatch):
+    engine.prepare(tiny)
+    small(tiny)
+    held, own = [], tiny.prepare_latents
+
+    def fail(*args):
+        held.append(weakref.ref(own(*args)))
+        latents, _ = own(*args), 1 / 0
+
+    class Latents:
+        pass
+
+    def draw_and_fail():
+        mine = Latents()
+        held.append(weakref.ref(mine))
+        small(tiny)
+
+    monkeypatch.setattr(tiny, "prepare_latents", fail)
+    with pytest.raises(ZeroDivisionError):
+        draw_and_fail()
+    gc.collect()
+    assert len(held) == 2 and not any(ref() is not None for ref in held)
 
 
 @torch.no_grad()
@@ -1064,6 +1141,9 @@ def test_where_a_model_will_be_called_is_answered_as_diffusers_does():
     assert own(grouped) == hooks.execution_device(grouped) == torch.device("cpu")
     buffers = torch.nn.BatchNorm1d(2, affine=False, device="meta")
     assert own(buffers) == hooks.execution_device(buffers) == torch.device("meta")
+    says = torch.nn.Linear(2, 2)
+    says.device = "meta"
+    assert own(says) == hooks.execution_device(says) == torch.device("meta")
 
 
 def test_that_no_model_is_offloaded_is_known_until_one_is(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from sdopt.bench import process, sensors
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
-from sdopt.bench.row import draw_timed, first_call, give_back, look, settle
+from sdopt.bench.row import draw_timed, first_call, give_back, look, new_size, settle
 from sdopt.bench.walk import LIMIT_S, compile_first, is_to_compile, job_of, timed
 from sdopt.timing import latency
 
@@ -139,11 +139,15 @@ def _runs(ledger, i):
 
 
 def _look(ledger, job, worker, limit_s):
-    """Add what a profiler finds to a row, "ok" from now on in any case; one that fails leaves the row as it was timed."""
+    """Add to a row what is found out after it was timed; it is "ok" from now on in any case, and has what could be found."""
     row = ledger.row(job.recipe.id)
     try:
         attended, more = worker.call(look, job, limit_s=limit_s)
     except process.RowFailed as failure:
         attended, more = {"attention": None, "attention_unknown": str(failure)}, {}
+    try:
+        more |= worker.call(new_size, job, limit_s=limit_s)
+    except process.RowFailed as failure:
+        more |= {"other_size_unknown": str(failure)}
     how = {key: value for key, value in row["as_run"].items() if key not in ("attention", "attention_unknown")}
     ledger.put(row | more | {"as_run": how | attended, "status": "ok"})

@@ -76,9 +76,7 @@ class Job:
 
     @property
     def inductor(self):
-        """The folder of Inductor's cache; of a row that searches its own: Inductor writes what it found out into one file,
-        and two processes would lose each other's.
-        """
+        """The folder of Inductor's cache; of a row that searches its own, for finds go into one file, where two would lose some."""
         return self.cache / (f"inductor-{self.recipe.id}" if self.recipe.searches else "inductor") if self.cache else None
 
     @property
@@ -101,8 +99,7 @@ def load(job, tell):
     """The pipeline of `job` as it is before its first step, in a process that is set up as all of them are."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    # In every row alike, as someone who wants speed would have it: cuDNN times its kernels for a convolution and keeps the
-    # fastest, at the first call.
+    # In every row, as someone who wants speed would have it: at its first call cuDNN times a convolution's kernels.
     torch.backends.cudnn.benchmark = str(job.device).startswith("cuda")
     if job.cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(job.inductor)
@@ -127,10 +124,9 @@ def apply(pipe, recipe):
 def first_call(state, tell, job):
     """Load, prepare, draw once; `state` keeps what can draw.
 
-    Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}: the first two are together the way from a loaded
-    pipeline to its first picture. What was compiled is exported, but not before its search is done. Where that is for LATER,
-    there are "left", the paths of the finds it left out, and "processes", how many could search them. What the call waited for
-    others that timed kernels does not count.
+    Returns {"prepare_s", "first_call_s", "graphs": {"found", "compiled"}}, the first two the way from a loaded pipeline to its
+    first picture, less what it waited for others that timed kernels. What was compiled is exported once its search is done.
+    Where that is for LATER: "left", the paths of the finds it left out, and "processes", how many could search them.
     """
     began = []
     pipe, call_kwargs = prepare(job, lambda phase: (began.append(time.perf_counter()), tell(phase)))
@@ -186,10 +182,14 @@ def give_back(state, tell):
 
 
 def look(state, tell, job):
-    """After the timed calls: the row's kernels, and of the engine what a new size costs; as `unet_profile` returns them."""
-    pipe = state["pipe"]
-    attended, kernels = unet_profile(pipe, job, state["call"])
-    return attended, kernels | ({"other_size": other_size(pipe, job, state["call"])} if engine.is_prepared(pipe) else {})
+    """After the timed calls: `unet_profile` of the row."""
+    return unet_profile(state["pipe"], job, state["call"])
+
+
+def new_size(state, tell, job):
+    """After that, of a row on our engine: {"other_size": what a new size costs}; of others {}."""
+    prepared = engine.is_prepared(state["pipe"])
+    return {"other_size": other_size(state["pipe"], job, state["call"])} if prepared else {}
 
 
 def other_size(pipe, job, call_kwargs):

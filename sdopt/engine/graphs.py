@@ -40,10 +40,10 @@ class Memory:
     """What the graphs of one pipeline share: the stream they are captured on, and the pool that their memory comes from.
 
     `lock`: held from a graph's inputs to a copy of its outputs, and over captures, since another thread may use the pool.
-    `left`: something was started `beside`, and nothing waits for it yet.
+    `end`: of what was started `beside`, if anything was.
     """
 
-    left = False
+    end = None
 
     def __init__(self):
         self.stream = self.handle = None
@@ -89,28 +89,27 @@ def mark(module):
 @contextmanager
 def beside(memory: Memory, mark):
     """What is started within goes on beside what was started after `mark`, until `join`: graphs of `memory`, which no other has."""
-    if mark is None:
-        yield
-        return
     memory.stream = memory.stream or torch.cuda.Stream()
     memory.stream.wait_event(mark)
     with torch.cuda.stream(memory.stream):
-        yield
-    memory.left = True
+        try:
+            yield
+        finally:
+            memory.end = memory.stream.record_event()
 
 
 def join(memory: Memory):
     """Let what is started from now on wait for what was started `beside`."""
-    if memory.left:
-        torch.cuda.current_stream().wait_stream(memory.stream)
-        memory.left = False
+    if memory.end is not None:
+        torch.cuda.current_stream().wait_event(memory.end)
 
 
 def copied(output):
-    """`output`, tensors in whatever structure, with tensors of its own: those of one dtype by one kernel."""
+    """`output`, tensors in whatever structure, with tensors of its own: where all are of one dtype by one kernel, or few."""
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     copies = list(map(torch.empty_like, tensors))
-    torch._foreach_copy_(copies, tensors)
+    if tensors:
+        torch._foreach_copy_(copies, tensors)
     following = iter(copies)
     return tree_map_only(torch.Tensor, lambda _: next(following), output)
 

@@ -10,6 +10,7 @@ anywhere. By all pipelines, as long as one is prepared.
 import sys
 from weakref import WeakSet
 
+import torch
 from diffusers.hooks import HookRegistry, group_offloading
 from diffusers.utils import torch_utils
 
@@ -24,9 +25,9 @@ def put(model):
     """Answer sooner, as long as `model` is prepared; `take` undoes it."""
     _without.clear()
     _prepared.add(model)
+    HookRegistry.register_hook = register_hook
     if _own:
         setattr(group_offloading, ASKED, group_offload_hook)
-        HookRegistry.register_hook = register_hook
     if _own_device:
         _everywhere(_own_device, execution_device)
 
@@ -34,18 +35,23 @@ def put(model):
 def take(model):
     """Undo `put`: with the last model diffusers answers for itself again."""
     _prepared.discard(model)
-    if _prepared:
+    if is_asked():
         return
+    HookRegistry.register_hook = _register
     if _own:
         setattr(group_offloading, ASKED, _own)
-        HookRegistry.register_hook = _register
     if _own_device:
         _everywhere(execution_device, _own_device)
 
 
+def is_asked():
+    """Whether any model is prepared."""
+    return len(_prepared) > 0
+
+
 def _everywhere(known, new):
     for name, module in list(sys.modules.items()):
-        if name.startswith("diffusers.") and vars(module).get(ASKED_OF_DEVICE) is known:
+        if name.startswith("diffusers.") and getattr(module, "__dict__", {}).get(ASKED_OF_DEVICE) is known:
             setattr(module, ASKED_OF_DEVICE, new)
 
 
@@ -75,8 +81,8 @@ def execution_device(module):
     """The device that the inputs of `module` have to be on."""
     if any("_hf_hook" in own for own in _dicts(module)) or group_offload_hook(module) is not None:
         return _own_device(module)
-    first = next(module.parameters(), None)
-    return _own_device(module) if first is None else first.device
+    device = getattr(module, "device", None)
+    return _own_device(module) if device is None else torch.device(device)
 
 
 def _dicts(module):

@@ -1,6 +1,7 @@
 """A UNet's calls by CUDA graphs, with what is the same at every step of a picture computed once."""
 
-import sys
+from contextlib import nullcontext
+from contextvars import ContextVar
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -12,6 +13,7 @@ from sdopt.engine import fp8, fused, graphs, plain, state
 from sdopt.engine.once import Once, using
 
 OF_PROMPT = ("encoder_hidden_states", "text_embeds", "time_ids")
+of_call = ContextVar("of_call", default=None)  # what a pipeline's call is told apart by, while it lasts
 
 
 class UNet(graphs.Captured):
@@ -28,7 +30,7 @@ class UNet(graphs.Captured):
     last = None  # the timestep of the call before
     picture = 0  # counts them
     switched = None  # tells whether a LoRA or the like was, since the picture began
-    begun = None  # the pipeline's call whose picture has begun already
+    begun = None  # the call of a pipeline whose picture has begun already, as `of_call` has it
 
     def __init__(self, module, memory, limit):
         super().__init__(module, memory, limit)
@@ -38,7 +40,7 @@ class UNet(graphs.Captured):
     def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict=True, **kwargs):
         inputs, unknown = _named(sample, timestep, encoder_hidden_states, args, kwargs)
         begun, self.begun = self.begun, None
-        if not _follows(self.last, timestep) and (begun not in _callers() or self.switched()):
+        if not _follows(self.last, timestep) and (begun is None or begun is not of_call.get() or self.switched()):
             self.begin()
         graphs.join(self.gathering)
         self.last = timestep
@@ -59,13 +61,14 @@ class UNet(graphs.Captured):
     def begin(self, mark=None, call=None):
         """Before a picture: see that the graphs are still right, and compute again what was computed from weights.
 
-        With a `mark`, of before what the GPU is still at, beside that; `call`: the frame of the pipeline's call it is done for,
-        in which nothing can change until the UNet is called.
+        With a `mark`, of before what the GPU is still at, beside that; `call`: the pipeline's call that it is done for, in which
+        nothing can change until the UNet is called.
         """
         self.picture += 1
-        self.begun = call
+        self.begun = None
         changed = self.look()
         if changed:
+            graphs.join(self.gathering)  # whoever gets the memory of what was held waits for what is written there
             self.held = None
         if changed or self.switched():
             self.switched = state.watch(self.module)
@@ -73,8 +76,10 @@ class UNet(graphs.Captured):
             with self.memory.lock:
                 with torch.inference_mode(False):  # what it holds is written to outside it, too
                     self.held = self.held or _held(self.module, self.rounding)
-                with graphs.beside(self.gathering, mark):
+                # a capture waits for all that was started, and takes memory that others may still be at
+                with graphs.beside(self.gathering, mark) if mark and self.held.replay else nullcontext():
                     self.held.renew(lambda call: graphs.capture(call, self.gathering))
+        self.begun = call
 
     def obstacle(self):
         switched = "LoRAs, FreeU or attention processors were switched within a picture"
@@ -167,13 +172,6 @@ def _as_call(places):
         "down_block_additional_residuals": tuple(down) or None,
         "mid_block_additional_residual": middle,
     }
-
-
-def _callers():
-    """The frames of the calls that led here."""
-    frame = sys._getframe(1)
-    while frame := frame.f_back:
-        yield frame
 
 
 def _follows(last, timestep):
