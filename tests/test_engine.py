@@ -790,8 +790,9 @@ def test_a_call_that_fails_leaves_nothing_of_itself(tiny, captured, monkeypatch)
     held, own = [], tiny.prepare_latents
 
     def fail(*args):
-        held.append(weakref.ref(own(*args)))
-        latents, _ = own(*args), 1 / 0
+        latents = own(*args)
+        held.append(weakref.ref(latents))
+        raise ZeroDivisionError
 
     class Latents:
         pass
