@@ -149,5 +149,5 @@ def _look(ledger, job, worker, limit_s):
         more |= worker.call(new_size, job, limit_s=limit_s)
     except process.RowFailed as failure:
         more |= {"other_size_unknown": str(failure)}
-    how = {key: value for key, value in row["as_run"].items() if key not in ("attention", "attention_unknown")}
+    how = {key: value for key, value in row["as_run"].items() if key != "attention_unknown"}
     ledger.put(row | more | {"as_run": how | attended, "status": "ok"})

@@ -30,6 +30,7 @@ from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
 
 FIRST_CALL = "first call"
+UNSEEN = {"attention": None, "attention_unknown": "not looked at"}, {}  # in the place of a `unet_profile`
 SPARE = 1 / 8  # of a GPU's memory: with less of it free, workers that stay beside each other give back what they can
 
 
@@ -157,9 +158,8 @@ def settle(state, tell, job):
     stages = timing.stages(pipe, lambda: drawing.all_finite(pipe, state["draw"]), timing.STAGE_CALLS if cuda else 1)
     memory, memory_of, counted = timing.peak_memory(cuda)
     counted.pop("device", None)  # the others' as well
-    switches = as_run(pipe) | {"peak_memory_of": memory_of, "attention": None, "attention_unknown": "not looked at"}
-    numbers = {"peak_memory_bytes": memory, "stages_ms": stages, "as_run": switches}
-    return numbers | ({"memory_bytes": counted} if counted else {}) | {"drawn_with": drawn_with(pipe, job, state["call"])}
+    numbers = {"peak_memory_bytes": memory, "stages_ms": stages} | ({"memory_bytes": counted} if counted else {})
+    return numbers | how_it_ran(pipe, job, state["call"], memory_of, UNSEEN)
 
 
 def draw_timed(state, tell, run):
@@ -220,9 +220,9 @@ def measure(state, tell, job):
     return numbers, [list(map(np.asarray, images)) for images in pictures]
 
 
-def how_it_ran(pipe, job, call_kwargs, memory_of):
-    """What a row says of itself beside its numbers; draws a few more steps, under the profiler."""
-    attended, kernels = unet_profile(pipe, job, call_kwargs)
+def how_it_ran(pipe, job, call_kwargs, memory_of, profile=None):
+    """What a row says of itself beside its numbers; without a `profile` draws a few more steps, under the profiler."""
+    attended, kernels = profile or unet_profile(pipe, job, call_kwargs)
     switches = as_run(pipe) | {"peak_memory_of": memory_of} | attended
     return {"drawn_with": drawn_with(pipe, job, call_kwargs), "as_run": switches} | kernels
 

@@ -99,8 +99,6 @@ def restore(pipe):
         mend = "call pipe.remove_all_hooks() first, or load the pipeline again where it is offloaded in groups"
         raise UserError(f"offloading was put over the engine: {mend}")
     turned, scheduler = pipe.unet.forward.before if is_prepared(pipe) else ((), None)
-    if is_prepared(pipe):
-        graphs.join(pipe.unet.forward.gathering)
     captured = [part for part in parts if _is_captured(part)]  # perhaps all but the UNet, if that is another now
     for part in captured:
         del part.forward

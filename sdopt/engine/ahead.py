@@ -18,7 +18,7 @@ def put(pipe):
     """Let the pictures of all prepared pipelines of this class begin when their prompt has been encoded; `take` undoes it."""
     for name, replaced in (("__call__", _called), ("encode_prompt", _encoded)):
         owner = next((cls for cls in type(pipe).__mro__ if name in vars(cls)), None)
-        if type(pipe).__module__.startswith("diffusers.") and owner and (owner, name) not in _own:
+        if _is_stock(pipe) and owner and (owner, name) not in _own:
             own = _own[owner, name] = vars(owner)[name]
             setattr(owner, name, wraps(own)(replaced(own)))
 
@@ -28,6 +28,10 @@ def take():
     while _own and not hooks.is_asked():
         (owner, name), own = _own.popitem()
         setattr(owner, name, own)
+
+
+def _is_stock(pipe):
+    return type(pipe).__module__.startswith("diffusers.")
 
 
 def _forward(pipe):
@@ -42,7 +46,7 @@ def _called(own):
             return own(pipe, *args, **kwargs)
         finally:
             unet.of_call.reset(token)
-            if forward := _forward(pipe):
+            if forward := _forward(pipe):  # what it holds may be given back after a call that failed
                 graphs.join(forward.gathering)
 
     return call
@@ -51,8 +55,7 @@ def _called(own):
 def _encoded(own):
     def encode_prompt(pipe, *args, **kwargs):
         forward, call = _forward(pipe), unet.of_call.get()
-        ours = type(pipe).__module__.startswith("diffusers.")
-        if forward is None or call is None or not ours or pipe.unet._forward_pre_hooks:
+        if forward is None or call is None or not _is_stock(pipe) or pipe.unet._forward_pre_hooks:
             return own(pipe, *args, **kwargs)
         before = graphs.mark(pipe.unet)
         if forward.rounding:  # of the weights, which takes a GPU longer than the prompt does

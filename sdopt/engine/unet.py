@@ -40,9 +40,9 @@ class UNet(graphs.Captured):
     def __call__(self, sample, timestep, encoder_hidden_states, *args, return_dict=True, **kwargs):
         inputs, unknown = _named(sample, timestep, encoder_hidden_states, args, kwargs)
         begun, self.begun = self.begun, None
+        graphs.join(self.gathering)
         if not _follows(self.last, timestep) and (begun is None or begun is not of_call.get() or self.switched()):
             self.begin()
-        graphs.join(self.gathering)
         self.last = timestep
         reason = unknown or self.obstacle()
         if reason:
@@ -68,7 +68,6 @@ class UNet(graphs.Captured):
         self.begun = None
         changed = self.look()
         if changed:
-            graphs.join(self.gathering)  # whoever gets the memory of what was held waits for what is written there
             self.held = None
         if changed or self.switched():
             self.switched = state.watch(self.module)

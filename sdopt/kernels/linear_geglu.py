@@ -209,7 +209,8 @@ def _linear_geglu(
         row = (first + tile % band % high) * TALL
         column = tile % band // high * (WIDE + MORE)
         both = tl.zeros([TALL, 2 * WIDE], tl.float32)
-        both_beyond = tl.zeros([TALL, 2 * MORE if MORE else 1], tl.float32)
+        if MORE:
+            both_beyond = tl.zeros([TALL, 2 * MORE], tl.float32)
         for k in range(0, inputs, DEEP):
             some = x.load([row, k])
             both = _step(some, weight, both, k, column, WIDE, DEEP, EXACT)
