@@ -10,8 +10,6 @@ weights, the result. It pays where a product written in Triton loses less agains
 
 A program computes several large tiles, as many programs as there are multiprocessors. Its two loops, over tiles and over steps
 of a tile, are one to the compiler (`flatten`): while one tile is gated and written, the next one's numbers are on their way.
-All end when the last one does: 1024 rows by 5120 outputs are 320 tiles of 128 x 128, three for most of 132 multiprocessors and two
-for some; of 128 x 160 there are two for each. Where that is less in all, a tile has these outputs more, as a second product.
 
 In e4m3 a product takes half the time, and those bytes are the larger part. The result is written in e4m3, too, where its scale
 is known before: a row's own is known to no program, since none sees a whole row.
@@ -28,9 +26,8 @@ from sdopt.kernels.to_float8 import E4M3, Scaled, in_e4m3, place
 
 NAME = "linear_geglu"
 # Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead. A tensor core's widest product has 256
-# columns: 128 values and their gates. A side is a power of two to Triton: what a tile may have beyond is apart.
+# columns: 128 values and their gates.
 TILE, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
-MORE = 32  # outputs
 TOGETHER = 8  # tiles of rows that are computed at about the same time, and share weights in the GPU's cache
 ENOUGH = 1024  # rows: with fewer, large tiles would leave multiprocessors idle
 
@@ -65,19 +62,17 @@ def linear_geglu(
     result = out if scale is None else Scaled(out, scale)
     if not out.numel():
         return result
-    more = beyond(rows, outputs, x.dtype, launch.multiprocessors(x))
-    tall, wide, deep, warps, stages = tile_of(rows, x.dtype, out.dtype, launch.memory(x), more)
+    tall, wide, deep, warps, stages = tile_of(rows, x.dtype, out.dtype, launch.memory(x))
     tiles = TensorDescriptor.from_tensor
     halves, gated = weight.view(2, outputs, inputs), out.view(rows, outputs)
-    count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide + more)
+    count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
     several = tall == TILE[0]  # tiles a program
     launch.start(
         _linear_geglu,
         (min(count, launch.multiprocessors(x)) if several else count,),
-        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), tiles(halves, [2, more or wide, deep]), bias),
-        *(tiles(gated, [tall, wide]), tiles(gated, [tall, more or wide])),
+        *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias, tiles(gated, [tall, wide])),
         *(bias if s is None else s for s in (of_x, of_weight, scale)),
-        *(rows, outputs, inputs, tall, wide, more, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
+        *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
         *(("row" if by_row else "all") if rounded else "", scale is not None),
         num_warps=warps,
         num_stages=stages,
@@ -85,26 +80,13 @@ def linear_geglu(
     return result
 
 
-def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int, more: int = 0) -> tuple[int, ...]:
-    """The tile for so many `rows` of `dtype`, with no more steps loaded ahead than `memory` bytes hold beside a tile of `out`.
-
-    `more`: the outputs that it has beyond.
-    """
+def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int) -> tuple[int, ...]:
+    """The tile for so many `rows` of `dtype`, with no more steps loaded ahead than `memory` bytes hold beside a tile of `out`."""
     tall, wide, deep, warps, stages = OF_BYTES if dtype is E4M3 else FEW_ROWS if _few(rows, dtype) else TILE
     if dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
-    outputs = wide + more
-    held = (memory - tall * outputs * out.itemsize) // ((tall + 2 * outputs) * deep * dtype.itemsize)
+    held = (memory - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * dtype.itemsize)
     return tall, wide, deep, warps, max(1, min(stages, held))
-
-
-def beyond(rows: int, outputs: int, dtype: torch.dtype, multiprocessors: int) -> int:
-    """Outputs that a tile has beyond its own: MORE or none, whichever lets the multiprocessor with the most to do end sooner."""
-    if dtype is not E4M3 and _few(rows, dtype):
-        return 0
-    tall, wide = TILE[:2]
-    most = lambda across: triton.cdiv(triton.cdiv(rows, tall) * triton.cdiv(outputs, across), multiprocessors) * across
-    return MORE if most(wide + MORE) < most(wide) else 0
 
 
 def _few(rows, dtype):
@@ -140,15 +122,6 @@ def bytes_moved(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
     """Bytes that must come and go: x, the weights and the result."""
     result = x.numel() // x.shape[-1] * weight.shape[0] // 2
     return (x.numel() + weight.numel() + result) * x.itemsize
-
-
-@triton.jit
-def _step(x, weight, sums, k, column, WIDE: tl.constexpr, DEEP: tl.constexpr, EXACT: tl.constexpr):
-    """`sums` and what the inputs from k on add to the values and gates from `column` on."""
-    of_both = weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
-    if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
-        x, of_both = x.to(tl.float32), of_both.to(tl.float32)
-    return tl.dot(x, of_both.T, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -196,29 +169,22 @@ def _put(
 
 @triton.jit
 def _linear_geglu(
-    x, weight, weight_beyond, bias, out, out_beyond, of_x, of_weight, of_out, rows, outputs, inputs,
-    TALL: tl.constexpr, WIDE: tl.constexpr, MORE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
+    x, weight, bias, out, of_x, of_weight, of_out, rows, outputs, inputs,
+    TALL: tl.constexpr, WIDE: tl.constexpr, DEEP: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr,
     ROUNDED: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     # what is computed at the same time shares rows of x and weights: TOGETHER tiles of rows by as many of outputs
-    down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE + MORE)
+    down, across = tl.cdiv(rows, TALL), tl.cdiv(outputs, WIDE)
     band = TOGETHER * across
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         first = tile // band * TOGETHER
         high = tl.minimum(down - first, TOGETHER)
         row = (first + tile % band % high) * TALL
-        column = tile % band // high * (WIDE + MORE)
+        column = tile % band // high * WIDE
         both = tl.zeros([TALL, 2 * WIDE], tl.float32)
-        if MORE:
-            both_beyond = tl.zeros([TALL, 2 * MORE], tl.float32)
         for k in range(0, inputs, DEEP):
-            some = x.load([row, k])
-            both = _step(some, weight, both, k, column, WIDE, DEEP, EXACT)
-            if MORE:
-                both_beyond = _step(some, weight_beyond, both_beyond, k, column + WIDE, MORE, DEEP, EXACT)
+            some, of_both = x.load([row, k]), weight.load([0, column, k]).reshape(2 * WIDE, DEEP)
+            if EXACT:  # float32 without TF32; and the interpreter takes narrower floats for integers
+                some, of_both = some.to(tl.float32), of_both.to(tl.float32)
+            both = tl.dot(some, of_both.T, both, input_precision="ieee")
         _put(both, out, bias, of_x, of_weight, of_out, row, column, rows, outputs, TALL, WIDE, ROUNDED, ROUNDS)
-        if MORE:
-            _put(
-                both_beyond, out_beyond, bias, of_x, of_weight, of_out, row, column + WIDE, rows, outputs,
-                TALL, MORE, ROUNDED, ROUNDS,
-            )  # fmt: skip
