@@ -51,16 +51,14 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
     found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
     assert found.metadata.shared <= memory, (capability, found.metadata.shared)
     for dtype, name in ((torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16")):
-        for more in (0, linear_geglu.MORE):
-            tall, wide, deep, warps, stages = linear_geglu.tile_of(8192, dtype, dtype, memory, more)
-            types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
-            types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>", "out_beyond": f"tensordesc<{name}[{tall}, {more or wide}]>"}
-            types |= {"weight_beyond": f"tensordesc<{name}[2, {more or wide}, {deep}]>"}
-            rounded = dtype is torch.float8_e4m3fn
-            constants = {"TALL": tall, "WIDE": wide, "MORE": more, "DEEP": deep, "TOGETHER": 8, "EXACT": False}
-            constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded}
-            found = compiled(linear_geglu._linear_geglu, constants, capability, types, num_warps=warps, num_stages=stages)
-            assert found.metadata.shared <= memory, (capability, name, more, found.metadata.shared)
+        tall, wide, deep, warps, stages = linear_geglu.tile_of(8192, dtype, dtype, memory)
+        types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
+        types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>"}
+        rounded = dtype is torch.float8_e4m3fn
+        constants = {"TALL": tall, "WIDE": wide, "DEEP": deep, "TOGETHER": 8, "EXACT": False}
+        constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded}
+        found = compiled(linear_geglu._linear_geglu, constants, capability, types, num_warps=warps, num_stages=stages)
+        assert found.metadata.shared <= memory, (capability, name, found.metadata.shared)
 try:
     compiled(*KERNELS[0], 80)
 except Exception as error:

@@ -141,30 +141,6 @@ def test_two_images_whose_parts_of_a_shortcut_nearly_cancel(device):
     assert (ours.double() - exact).abs().max() <= 2.0**-10 * exact.abs().max()
 
 
-@pytest.mark.parametrize(("rows", "outputs", "more"), [
-    (1024, 5120, 32), (2048, 5120, 0), (4096, 2560, 0), (8192, 2560, 0), (1024, 2560, 32), (2048, 2560, 32), (512, 5120, 0),
-])  # fmt: skip
-def test_a_gated_tile_is_wider_where_the_multiprocessors_end_sooner(rows, outputs, more):
-    """SDXL's feed-forwards and Stable Diffusion 1.5's on an H200: 256 tiles of 160 outputs are two rounds, 320 of 128 three."""
-    assert linear_geglu.beyond(rows, outputs, torch.bfloat16, 132) == more
-    assert linear_geglu.beyond(rows, outputs, torch.float32, 132) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [152, 160, 328])
-@pytest.mark.parametrize("programs", [1, 3])
-def test_a_wider_gated_tile_makes_the_same_numbers(device, dtype, outputs, programs, monkeypatch):
-    """Of one tile and of several, the last over the edge in its first part and in the one beyond."""
-    monkeypatch.setattr(linear_geglu, "ENOUGH", 1)
-    monkeypatch.setattr(launch, "multiprocessors", lambda x: programs)
-    x, weight = random((300, 72), dtype, device), random((2 * outputs, 72), dtype, device)
-    bias, made = random(2 * outputs, dtype, device), []
-    for more in (0, linear_geglu.MORE):
-        monkeypatch.setattr(linear_geglu, "beyond", lambda *args, more=more: more)
-        made.append(linear_geglu.linear_geglu(x, weight, bias))
-    assert torch.equal(*made) and made[0].isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_within_a_product_is_as_exact_as_its_dtype(device, dtype):
     """Values of one, gates from -20 to 20 and some far away: each result alone, not their root mean square."""
