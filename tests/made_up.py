@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+from multiprocessing import forkserver
 
 import pytest
 from PIL import Image
 
 from sdopt import results
+from sdopt.bench import process
 
 IDS = ("baseline_fp32", "bf16", "sdpa", "compile", "fused_qkv", "int8", "tiny_vae", "dpm_20", "cfg_cutoff")
 SECONDS = (4.0, 2.0, 1.96, 1.6, 1.6, 2.4, 1.5, 1.0, 0.8)
@@ -159,8 +161,13 @@ def run_folder(folder, made=None, **settings):
     return folder
 
 
-def until_killed(study, writes):
-    """`study()` in this process, a worker's, which is killed as it is about to write a result for the `writes`-th time."""
+def killed(study, writes, *arguments):
+    """`study(*arguments)` in a process of its own, which is killed as it is about to write a result for the `writes`-th time."""
+    with process.Worker(process.context("cpu")) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
+        worker.call(_until_killed, forkserver._forkserver._forkserver_address, study, writes, arguments)
+
+
+def _until_killed(state, tell, server, study, writes, arguments):
     write, count = results.write, []
 
     def write_or_die(path, result):
@@ -171,8 +178,11 @@ def until_killed(study, writes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(multiprocessing.process.current_process()._config, "daemon", False)  # so that it may have children
+        # forked from the server that it came from itself: one of its own would take seconds to import torch
+        patch.setattr(forkserver._forkserver, "_forkserver_address", server)
+        patch.setattr(forkserver._forkserver, "ensure_running", lambda: None)
         patch.setattr("sdopt.bench.ledger.results.write", write_or_die)
-        return study()
+        study(*arguments)
 
 
 def stages_result(**settings):

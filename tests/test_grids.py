@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import row as made_up_row
-from made_up import until_killed
+from made_up import killed
 from tiny import draw, unet_batches
 
 from sdopt import drawing, engine, models, path, quantization, results, timing
@@ -157,17 +157,12 @@ def study(out, rows=ROWS, **more):
         return sharing.share(SHARED, rows, "cpu", out, every=rows, study="pocket-batches", **more)
 
 
-def study_until_killed(state, tell, out, writes):
-    return until_killed(lambda: study(out), writes)
-
-
 def log(out):
     return (out / "log.txt").read_text().split("\n")
 
 
 def test_a_study_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_path):
-    with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
-        worker.call(study_until_killed, tmp_path, 3)
+    killed(study, 3, tmp_path)
     made = study(tmp_path)
     assert [row["id"] for row in made["rows"]] == ORDER and results.read(tmp_path / "pocket-batches.json") == made
     assert [log(tmp_path).count(i) for i in ORDER] == [1, 1, 2, 1, 1, 1, 0, 0, 0], "a kill costs the row that was under way"

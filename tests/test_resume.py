@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from made_up import killed
 from made_up import row as made_up_row
-from made_up import until_killed
 
 from sdopt import results
 from sdopt.bench import claims, peers, process, searches, studies, walk
@@ -90,19 +90,9 @@ def study(out, kind, runs=2, shared=SHARED):
         return peers.take_turns(shared | {"runs": runs}, ROWS, "cpu", out, order=ORDER)
 
 
-def study_until_killed(state, tell, out, kind, writes, runs):
-    """The same, killed as it is about to write its file for the `writes`-th time."""
-    return until_killed(lambda: study(out, kind, runs), writes)
-
-
-def killed(out, kind, writes, runs=2):
-    with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
-        worker.call(study_until_killed, out, kind, writes, runs)
-
-
 def test_a_path_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_path):
     for writes in (1, 2, 2, 1, 2):
-        killed(tmp_path, "path", writes)
+        killed(study, writes, tmp_path, "path")
     result = study(tmp_path, "path")
     assert [row["id"] for row in result["rows"]] == ORDER and {row["status"] for row in result["rows"]} == {"ok"}
     assert results.read(tmp_path / "pocket-path.json") == result
@@ -118,21 +108,21 @@ def test_a_path_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_pa
 
 
 def test_a_path_that_went_on_still_compares_with_what_was_drawn_before(tmp_path):
-    killed(tmp_path, "path", 3)
+    killed(study, 3, tmp_path, "path")
     quality = {row["id"]: row["quality"] for row in study(tmp_path, "path")["rows"]}
     assert quality["sdpa"]["against_baseline"]["max_abs"] == 10 * (len("baseline_fp32") - len("sdpa"))
     assert quality["sdpa"]["against_previous"]["exact"], "bf16's pictures were made the same"
 
 
 def test_rows_measured_otherwise_are_not_mixed(tmp_path):
-    killed(tmp_path, "path", 2)
+    killed(study, 2, tmp_path, "path")
     with pytest.raises(UserError, match="measured with another height: give another folder"):
         study(tmp_path, "path", shared=SHARED | {"height": 128})
 
 
 def test_peers_that_have_been_timed_are_measured_whatever_becomes_of_the_last_look(tmp_path):
     """The writes: one of compile's first call, one a row that is ready, one a round, one a look."""
-    killed(tmp_path, "peers", 8)
+    killed(study, 8, tmp_path, "peers")
     rows = results.read(tmp_path / "pocket-peers.json")["rows"]
     assert {row["status"] for row in rows} == {"ok"} and {len(row["latency_s"]["runs"]) for row in rows} == {2}
     assert {row["as_run"]["attention_unknown"] for row in rows} == {"not looked at"}
@@ -145,8 +135,8 @@ def test_peers_that_have_been_timed_are_measured_whatever_becomes_of_the_last_lo
 
 def test_peers_that_are_killed_go_on_with_the_rounds_they_had(tmp_path):
     for writes in (3, 9, 7):
-        killed(tmp_path, "peers", writes, runs=6)
-    rows = {row["id"]: row for row in study(tmp_path, "peers", runs=6)["rows"]}
+        killed(study, writes, tmp_path, "peers", 6)
+    rows = {row["id"]: row for row in study(tmp_path, "peers", 6)["rows"]}
     assert rows["sdpa"]["status"] == "failed: MemoryError: CUDA out of memory"
     done = [rows[i] for i in ("baseline_fp32", "bf16", "compile")]
     assert {row["status"] for row in done} == {"ok"}
@@ -210,10 +200,6 @@ def test_a_row_that_cannot_compile_leaves_the_one_beside_it_alone(tmp_path):
     assert ledger.row("one")["first_calls"]["cold_s"] == 90.0
 
 
-def beside_until_killed(state, tell, out, writes):
-    return until_killed(lambda: peers_with_searches(out), writes)
-
-
 def peers_with_searches(out):
     """A peer study of a made-up GPU, on which two rows search and one does not."""
     rows = [Recipe("plain", "plain", ()), *SEARCHING]
@@ -230,8 +216,7 @@ def peers_with_searches(out):
 
 def test_peers_of_which_some_search_are_killed_and_go_on(tmp_path):
     for writes in (1, 3, 2):
-        with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
-            worker.call(beside_until_killed, tmp_path, writes)
+        killed(peers_with_searches, writes, tmp_path)
     rows = peers_with_searches(tmp_path)["rows"]
     assert [row["id"] for row in rows] == ["plain", "one", "two"] and {row["status"] for row in rows} == {"ok"}
     assert [len(row["latency_s"]["runs"]) for row in rows] == [2, 2, 2]

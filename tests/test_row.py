@@ -86,7 +86,7 @@ def test_a_worker_that_gave_its_memory_back_draws_once_before_it_is_timed(monkey
     state = {"pipe": SimpleNamespace(device=torch.device("cuda")), "draw": lambda run: did.append(run)}
     drew = lambda run: (did.clear(), row.draw_timed(state, None, run), [*did])[-1]
     assert drew(0) == ["timed", 0]
-    free[0] = 12
+    free[0] = 6
     assert drew(1) == ["timed", 1, "gave back"]
     free[0] = 13
     assert drew(2) == [2, "timed", 2] and drew(3) == ["timed", 3]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_up import stages_result, until_killed
+from made_up import killed, stages_result
 
 from sdopt import engine, results, roofline
 from sdopt.bench import process, stages, studies, walk
@@ -82,14 +82,9 @@ def study(out):
         return stages.look(SHARED, ROWS, "cpu", out)
 
 
-def killed_study(state, tell, out, writes):
-    return until_killed(lambda: study(out), writes)
-
-
 def test_a_study_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_path):
     for writes in (2, 2):
-        with process.Worker(process.context("cpu")) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
-            worker.call(killed_study, tmp_path, writes)
+        killed(study, writes, tmp_path)
     result = study(tmp_path)
     assert results.read(tmp_path / "pocket-stages.json") == result
     assert [row["status"] for row in result["rows"]] == ["ok", "ok", "failed: MemoryError: CUDA out of memory", "ok"]

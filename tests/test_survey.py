@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from made_up import row as made_up_row
-from made_up import until_killed
+from made_up import killed
 from tiny import unet_batches
 
 from sdopt import drawing, models, path, quantization, records, results
@@ -54,11 +54,6 @@ def study(out, rows=ROWS, **more):
         return survey.survey(SHARED, rows, "cpu", out, every=ROWS, **more)
 
 
-def study_until_killed(state, tell, out, writes):
-    """The same, killed as it is about to write its file for the `writes`-th time."""
-    return until_killed(lambda: study(out), writes)
-
-
 def log(out):
     (file,) = out.glob("pocket-quality/shelf-*/log.txt")
     return file.read_text().split()
@@ -66,8 +61,7 @@ def log(out):
 
 def test_a_study_that_is_killed_goes_on_and_measures_no_finished_row_again(tmp_path):
     for writes in (1, 3):
-        with process.Worker(CPU) as worker, pytest.raises(process.RowFailed, match="SIGKILL"):
-            worker.call(study_until_killed, tmp_path, writes)
+        killed(study, writes, tmp_path)
     made = study(tmp_path)
     status = {row["id"]: row["status"] for row in made["rows"]}
     assert list(status) == ORDER and results.read(tmp_path / "pocket-quality.json") == made

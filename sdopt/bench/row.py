@@ -31,7 +31,7 @@ from sdopt.errors import UserError
 
 FIRST_CALL = "first call"
 UNSEEN = {"attention": None, "attention_unknown": "not looked at"}, {}  # in the place of a `unet_profile`
-SPARE = 1 / 8  # of a GPU's memory: with less of it free, workers that stay beside each other give back what they can
+SPARE = 1 / 16  # of a GPU's memory: with less of it free, workers that stay beside each other give back what they can
 
 
 @dataclass(frozen=True)
