@@ -20,14 +20,10 @@ def test_04_compile_fuses_breaks_and_compiles_again(kept):
     assert len(seen["eager_kernels"]) == 3 and len(seen["kernels"]) == 1 and "group_norm" in seen["kernels"][0]
     assert seen["pair_error"] < 1e-4
     assert seen["broken"] == 2
-    assert seen["recompiles"] == {
-        "first picture": 2,
-        "second picture": 0,
-        "guidance cut off": 2,
-        "cut off again": 0,
-        "another dtype": seen["recompiles"]["another dtype"],
-    }
-    assert seen["recompiles"]["another dtype"] > 0
+    recompiles = dict(seen["recompiles"])
+    changes = {name: recompiles.pop(name) for name in ("guidance cut off", "another dtype")}
+    assert recompiles == {"first picture": 2, "second picture": 0, "cut off again": 0}
+    assert set(changes.values()) <= {1, 2}, "one graph for both sizes of block, or one for each"
     assert seen["told"] == [True], "a global put back before the first call must not count"
     assert seen["diagnosis"] == "Data-dependent branching"
     assert seen["mended"] == 2 and seen["heard"] == 0
