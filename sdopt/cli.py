@@ -76,13 +76,13 @@ def main(argv=None):
     try:
         return exit_code(command)
     except KeyboardInterrupt:
-        print("sdopt: stopped; rows that were done are in the result file", file=sys.stderr)
+        print("sdopt: stopped; rows that were done, if any, are in the result file", file=sys.stderr)
         return 130
 
 
 def _run(options):
     # Imported here, so that `sdopt --help` and a mistyped option answer at once.
-    from sdopt import models, pathfigures, report
+    from sdopt import models, path, pathfigures, report
     from sdopt.bench import studies, walk
 
     device = _device(options)
@@ -100,7 +100,7 @@ def _run(options):
     studies.check_room(options.out, shared)
     _download(shared)
     with _progress(len(rows), "row") as progress:
-        result = walk.walk(shared, rows, device, options.out, progress)
+        result = walk.walk(shared, rows, device, options.out, progress, order=list(path.NUMBERS))
     print(report.text(result))
     written = Path(options.out) / f"{result['study']}.json"
     pathfigures.path_figure(written, written.with_suffix(""), written.with_suffix(".png"))

@@ -1,3 +1,4 @@
+import os
 import sys
 
 
@@ -12,9 +13,17 @@ def first_line(error: Exception, width: int = 160) -> str:
 
 
 def exit_code(call) -> int:
-    """Run a command, `call()`; returns its exit code, or 2 for a UserError, which becomes one line on stderr."""
+    """Run a command, `call()`; returns its exit code, or 2 for a UserError, which becomes one line on stderr.
+
+    141, as a shell has it, where nobody reads on.
+    """
     try:
-        return call() or 0
+        code = call() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     except UserError as error:
         print(f"sdopt: {error}", file=sys.stderr)
         return 2

@@ -27,13 +27,8 @@ CONFIGS = Path(__file__).parent / "configs"
 CLASSES = {
     cls.__name__: cls
     for cls in (
-        AutoencoderKL,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        EulerAncestralDiscreteScheduler,
-        EulerDiscreteScheduler,
-        PNDMScheduler,
-        UNet2DConditionModel,
+        *(AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, EulerAncestralDiscreteScheduler),
+        *(EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel),
     )
 }
 SCHEDULERS = {"euler": EulerDiscreteScheduler, "euler_ancestral": EulerAncestralDiscreteScheduler}
@@ -250,14 +245,21 @@ def _from_folder(chosen, folder):
     try:
         kind = json.loads(index.read_text())["_class_name"]
         if kind != chosen.pipeline.__name__:
-            raise UserError(
-                f"{folder} holds a {kind}, {chosen.name} is a {chosen.pipeline.__name__}: give another folder"
-            )
-        return _from_pretrained(chosen, str(folder), local_files_only=True)
+            raise UserError(f"{folder} holds a {kind}, {chosen.name} is a {chosen.pipeline.__name__}: give another folder")
+        return _with_words(_from_pretrained(chosen, str(folder), local_files_only=True))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load {folder} ({first_line(error)}): copy the folder again or repair it") from error
+
+
+def _with_words(pipe):
+    """`pipe`; ValueError for a tokenizer without its file: it loads all the same, and every word is unknown to it."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError(f"its {name} knows no words")
+    return pipe
 
 
 def _from_pretrained(chosen, source, **where):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
-from sdopt.errors import UserError, exit_code
+from sdopt.errors import UserError, exit_code, first_line
 from sdopt.report import ROOT
 from sdopt.results import write_whole
 from sdopt.widgets import VIEW
@@ -21,11 +21,15 @@ ADDRESS = re.compile(r'^Repository = "https://github\.com/([\w.-]+/[\w.-]+)"$', 
 def execute(paths, timeout: int = 600) -> None:
     """Run notebooks from the top, each in a fresh kernel, and write them back with clean outputs.
 
-    A notebook is written only after its last cell has run. Raises UserError for one that stops at a cell, naming it.
+    A notebook is written only after its last cell has run. Raises UserError for a file that is none, and for one that
+    stops at a cell.
     """
     for path in (bar := tqdm(list(map(Path, paths)), unit="notebook")):
         bar.set_description(path.stem)
-        notebook = nbformat.read(path, as_version=4)
+        try:
+            notebook = nbformat.read(path, as_version=4)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({first_line(error)}): give the path of a notebook") from error
         client = NotebookClient(
             notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": path.parent}}
         )
@@ -33,6 +37,8 @@ def execute(paths, timeout: int = 600) -> None:
             client.execute()
         except CellExecutionError as error:
             raise UserError(f"{path.name} stopped: {error.ename}: {error.evalue}") from error
+        except (DeadKernelError, CellTimeoutError) as error:
+            raise UserError(f"{path.name} stopped: {first_line(error)}") from error
         write_whole(path, (nbformat.writes(clean(notebook)) + "\n").encode())
 
 

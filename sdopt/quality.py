@@ -17,10 +17,14 @@ def drift(images, reference):
     """How far `images` are from `reference`: {"exact", "max_abs", "psnr_db"}.
 
     Both: one PIL image or a list of them, the same number and size. `max_abs` is in levels of 0 to 255; `psnr_db` is
-    over all pixels together, in dB, and None when exact (it would be infinite). Raises UserError when shapes differ.
+    over all pixels together, in dB, and None when exact (it would be infinite). Raises UserError when shapes differ, and
+    for none at all.
     Introduced in notebooks/02_bf16.
     """
-    a, b = (to_pixels(x if isinstance(x, (list, tuple)) else [x]) for x in (images, reference))
+    some, others = (x if isinstance(x, (list, tuple)) else [x] for x in (images, reference))
+    if any(len({image.size for image in pictures}) != 1 for pictures in (some, others)):
+        raise UserError("cannot compare images of no size or of several: give pictures of one")
+    a, b = to_pixels(some), to_pixels(others)
     if a.shape != b.shape:
         raise UserError(f"cannot compare images of shape {list(a.shape)} with {list(b.shape)}: draw them alike")
     exact = bool(torch.equal(a, b))
@@ -34,8 +38,9 @@ def drift(images, reference):
 def psnr_db(images, reference):
     """The PSNR of every picture of uint8 [N, 3, H, W] against that of `reference`: float32 [N], in dB, inf where equal.
 
-    Introduced in notebooks/14_is_it_still_the_same_picture.
+    Raises UserError when shapes differ. Introduced in notebooks/14_is_it_still_the_same_picture.
     """
+    _check_alike(images, reference)
     over = {"data_range": 255.0, "dim": (1, 2, 3), "reduction": "none"}
     pairs = zip(images.split(PIECE), reference.split(PIECE), strict=True)
     return torch.cat([peak_signal_noise_ratio(a.float(), b.float(), **over).reshape(-1) for a, b in pairs])
@@ -56,6 +61,9 @@ def paired(images, latents, reference, reference_latents):
             f"cannot compare images of shape {list(images.shape)} with {list(reference.shape)}: draw them alike, "
             "11 pixels or more"
         )
+    _check_alike(latents, reference_latents, "latents")
+    if len(images) != len(latents):
+        raise UserError(f"{len(images)} pictures cannot be compared with {len(latents)} latents: give one a picture")
     pieces = zip(images.split(PIECE), reference.split(PIECE), strict=True)
     ssim, p99 = [], []
     for a, b in pieces:
@@ -69,6 +77,11 @@ def paired(images, latents, reference, reference_latents):
         "p99": torch.cat(p99).tolist(),
         "latent_cosine": cosine.tolist(),
     }
+
+
+def _check_alike(a, b, what="images"):
+    if a.shape != b.shape:
+        raise UserError(f"cannot compare {what} of shape {list(a.shape)} with {list(b.shape)}: draw them alike")
 
 
 def seen(scenes, images):

@@ -67,4 +67,4 @@ def read(path):
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): measure its row again") from error
     except (lzma.LZMAError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged: restore it or measure its row again") from error
+        raise UserError(f"{path} is damaged: restore it, or delete it and measure its row again") from error

@@ -96,14 +96,18 @@ def _duration(seconds):
 def add(out, root=None):
     """Copy the studies that were measured into `out`, with pictures, records and searches, to figures/data/<machine>.
 
-    Returns their names. What an older measurement left beside them goes. Raises UserError when `out` holds no study.
+    Returns their names. What an older measurement left beside them goes. Raises UserError, before anything is copied, when
+    `out` holds no study, or one that says less than what it would replace.
     """
-    found = _studies(Path(out))
+    found = {path: results.read(path) for path in _studies(Path(out))}
     if not found:
         raise UserError(f"{out} holds no result of a run: run `sdopt run --out {out}` first")
-    for path in found:
-        result = results.read(path)
-        target = Path(root or ROOT) / "figures" / "data" / results.machine_name(result["environment"]) / path.stem
+    data = Path(root or ROOT) / "figures" / "data"
+    targets = {path: data / results.machine_name(result["environment"]) / path.stem for path, result in found.items()}
+    for path, result in found.items():
+        _check_whole(path, result, targets[path].with_suffix(".json"))
+    for path, result in found.items():
+        target = targets[path]
         beside = {file.name: file for pattern in COPIED for file in path.with_suffix("").glob(pattern)}
         for name, file in sorted(beside.items()):
             results.write_whole(target / name, file.read_bytes())
@@ -114,6 +118,19 @@ def add(out, root=None):
         for searched in (Path(out) / "cache").glob(f"{result['settings']['model']}{results.SEARCHES}"):
             results.write_whole(target.with_name(searched.name), searched.read_bytes())
     return ", ".join(path.name for path in found)
+
+
+def _check_whole(path, result, older):
+    """Raise UserError for a study that measured nothing, has nothing to be compared with, or lacks rows that `older` has."""
+    measured = {row["id"] for row in result["rows"] if row["status"] == "ok"}
+    if not measured:
+        raise UserError(f"{path} has no row that was measured: measure one first")
+    if result["study"].endswith("-path"):
+        figures.ends_of(result)
+    tried = {row["id"] for row in result["rows"]}
+    lost = [row["id"] for row in results.read(older)["rows"] if row["status"] == "ok"] if older.exists() else []
+    if lost := [i for i in lost if i not in tried]:
+        raise UserError(f"{older} has rows that {path} lacks ({', '.join(lost)}): measure them too, or delete it first")
 
 
 def _studies(folder, machines=""):

@@ -74,7 +74,7 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
 
 def test_an_out_that_cannot_be_a_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "give another folder" in refused(capsys, "run", "--model", "pocket", "--out", tmp_path / "file")
+    assert "file is no folder: give another" in refused(capsys, "run", "--model", "pocket", "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -109,6 +109,15 @@ def test_an_unreachable_hub(tmp_path):
     assert "run `sdopt run --model pocket`" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("command", [("env",), ("bench", "sdxl-path", "--dry-run")])
+def test_nobody_who_reads_on_is_no_error(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "sdopt", *command], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_result_file_that_is_not_json(capsys, tmp_path):

@@ -96,6 +96,15 @@ def test_a_truncated_weights_file_is_refused(tmp_path):
     assert "copy the folder again" in refused("pocket", str(folder))
 
 
+@pytest.mark.parametrize("lost", ["tokenizer", "tokenizer/tokenizer.json"])
+def test_a_tokenizer_without_its_words_is_refused(tmp_path, lost):
+    """transformers makes one of two tokens, to which every word is unknown."""
+    folder = copy_of_pocket(tmp_path)
+    path = folder / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "knows no words): copy the folder again" in refused("pocket", str(folder))
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_weights_of_another_shape_are_refused(tmp_path, part):
     folder = copy_of_pocket(tmp_path)

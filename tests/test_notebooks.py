@@ -31,6 +31,18 @@ def test_a_notebook_that_stops_is_left_as_it_was(tmp_path, capsys):
     assert "a.ipynb stopped: ZeroDivisionError" in capsys.readouterr().err and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("what", ["missing", "no notebook", "its kernel dies"])
+def test_a_notebook_that_cannot_be_run_is_told_in_one_line(tmp_path, capsys, what):
+    path = tmp_path / "some.ipynb"
+    if what == "no notebook":
+        path.write_text("{")
+    elif what != "missing":
+        write(path, "import os; os._exit(1)")
+    assert notebooks.main(["execute", str(path)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("sdopt: ") and "some.ipynb" in said
+
+
 def test_widget_states_and_views_are_not_committed():
     cell = nbformat.v4.new_code_cell("w", metadata={"execution": {"iopub.status.busy": "now"}})
     cell.outputs = [nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "image/png": "aGk="})]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sdopt.errors import UserError
-from sdopt.quality import CEILING_DB, adherence, drift, frechet, paired
+from sdopt.quality import CEILING_DB, adherence, drift, frechet, paired, psnr_db
 
 
 def grey(level, size=(8, 8)):
@@ -94,6 +94,19 @@ def test_pictures_that_cannot_be_paired_are_refused():
     for other in (pictures(3), pictures(2)[..., :10, :10]):
         with pytest.raises(UserError, match="draw them alike, 11 pixels or more"):
             paired(other, latents, pictures(2)[..., : other.shape[-2], : other.shape[-1]], latents)
+
+
+def test_what_would_be_repeated_to_fit_is_refused():
+    some, latents = pictures(3), torch.randn(3, 4, 2, 2)
+    with pytest.raises(UserError, match="cannot compare images"):
+        psnr_db(some, some[:1])
+    with pytest.raises(UserError, match="cannot compare latents"):
+        paired(some, latents, some, latents[:1])
+    with pytest.raises(UserError, match="give one a picture"):
+        paired(some, latents[:2], some, latents[:2])
+    for nothing_or_several in ([], [grey(1), grey(1, (16, 8))]):
+        with pytest.raises(UserError, match="of no size or of several"):
+            drift(nothing_or_several, nothing_or_several)
 
 
 def normal(n, seed, mean=0.0, spread=1.0):

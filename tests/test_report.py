@@ -174,9 +174,38 @@ def test_without_pictures_there_is_no_before_and_after(checkout):
 def test_without_a_baseline_there_is_no_before_and_after(tmp_path, checkout):
     part = result()
     part["rows"] = part["rows"][1:3]
-    report.add(run_folder(tmp_path / "part", part), checkout)
+    results.write(checkout / "figures" / "data" / "cpu-2-cores" / "pocket-path.json", part)
     (checkout / "README.md").unlink()
     assert [path.name for path in report.stale(checkout)] == FIGURES[:2]
+
+
+def _failed(made):
+    made["rows"] = [row | {"status": "failed: out of memory"} for row in made["rows"]]
+
+
+def _without_its_baseline(made):
+    made["rows"] = made["rows"][1:]
+
+
+def _with_few_rows(made):
+    made["rows"] = made["rows"][:2]
+
+
+@pytest.mark.parametrize(("less", "said"), [
+    (_failed, "has no row that was measured"),
+    (_without_its_baseline, "holds no baseline to compare with"),
+    (_with_few_rows, r"has rows that .* lacks \(sdpa, compile"),
+])  # fmt: skip
+def test_what_says_less_than_what_is_recorded_replaces_nothing(tmp_path, checkout, less, said):
+    """Nor does what lies beside it."""
+    made, data = result(), checkout / "figures" / "data"
+    less(made)
+    out = run_folder(tmp_path / "less", made)
+    run_folder(out, peers_result())
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+    with pytest.raises(UserError, match=said):
+        report.add(out, checkout)
+    assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
 
 def test_adding_a_folder_without_a_run_is_refused(tmp_path):

@@ -276,6 +276,19 @@ def test_interrupted_rows_stop_at_once_and_have_not_failed(tmp_path):
 HEAD = {"schema": 1, "study": "s", "environment": dict.fromkeys(results.ENVIRONMENT), "settings": SHARED}
 
 
+def test_a_run_that_begins_anew_keeps_what_it_does_not_measure_if_that_was_measured_alike(tmp_path):
+    rows = [{"id": i, "status": "failed: too large", "settings": {}} for i in "abc"]
+    Ledger(tmp_path / "s.json", HEAD, "abc").put(*rows)
+    assert Ledger(tmp_path / "s.json", HEAD, "abc", again=["b"]).result["rows"] == [rows[0], rows[2]]
+    otherwise = HEAD | {"settings": SHARED | {"steps": 1}}
+    assert Ledger(tmp_path / "s.json", otherwise, "abc", again=["b"]).result["rows"] == []
+    walk._clear_pictures(tmp_path, [])
+    for name in ("1-baseline_fp32.png", "2-bf16.png", "mine.png"):
+        (tmp_path / name).touch()
+    walk._clear_pictures(tmp_path, ["bf16"])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"2-bf16.png", "mine.png"}
+
+
 def test_a_row_that_was_begun_is_not_done(tmp_path):
     head = HEAD
     ledger = Ledger(tmp_path / "s.json", head, ["a", "b", "c"])

@@ -82,6 +82,16 @@ def test_failed_rows_are_tried_again_when_asked_and_lost_records_are_drawn_again
     assert log(tmp_path).count("euler_4_steps") == 2 and log(tmp_path).count("bf16") == 1
 
 
+def test_damaged_records_are_drawn_again_and_the_references_before_what_is_compared_with_it(tmp_path):
+    study(tmp_path, [ROWS[0], ROWS[2]])
+    for i in ("baseline_fp32", "bf16"):
+        (tmp_path / "pocket-quality" / f"{i}.json.xz").write_text("junk")
+    study(tmp_path, ROWS[4:5])
+    assert log(tmp_path) == ["baseline_fp32", "bf16", "baseline_fp32", "euler_4_steps"]
+    study(tmp_path, ROWS[2:3])
+    assert log(tmp_path)[4:] == ["bf16"]
+
+
 def test_the_reference_is_drawn_first_where_its_pictures_are_needed(tmp_path):
     made = study(tmp_path, ROWS[2:3])
     assert [row["id"] for row in made["rows"]] == ["baseline_fp32", "bf16"]

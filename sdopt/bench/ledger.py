@@ -3,7 +3,7 @@
 import fcntl
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdopt import attention, results
@@ -18,10 +18,11 @@ class Ledger:
 
     `head` is the result without its rows, `order` the ids of the rows it may hold. With `resume` the rows that are
     there already stay; UserError when they were measured otherwise (study, settings, machine or versions). With `retry`
-    those that failed are not done.
+    those that failed are not done. Without `resume` none stay, or, where `again` says what is to be measured again, those that
+    are not among it and were measured alike.
     """
 
-    def __init__(self, path, head, order, resume=False, retry=False):
+    def __init__(self, path, head, order, resume=False, retry=False, again=None):
         self.path, self.order, self.retry = Path(path), list(order), retry
         self.result = head | {"rows": []}
         self._putting = threading.Lock()
@@ -37,6 +38,10 @@ class Ledger:
             unknown = [row["id"] for row in self.result["rows"] if row["id"] not in self.order]
             if unknown:
                 raise UserError(f"{self.path} has a row {unknown[0]}, which is none of this study: give another folder")
+        elif found and again is not None:
+            with suppress(UserError):
+                rows = results.merge(found, self.result)["rows"]
+                self.result["rows"] = [row for row in rows if row["id"] in self.order and row["id"] not in again]
 
     def row(self, i):
         """The row `i` as it stands, {} where there is none."""

@@ -178,13 +178,16 @@ def chosen(rows, only):
     known, wanted = [row.id for row in rows], only.split(",")
     unknown = [i for i in wanted if i not in known]
     if unknown:
-        raise UserError(f"unknown row '{unknown[0]}': choose from {', '.join(known)}")
+        what = f"unknown row '{unknown[0]}'" if unknown[0] else "a row without a name"
+        raise UserError(f"{what}: choose from {', '.join(known)}")
     return [row for row in rows if row.id in wanted]
 
 
 def check_room(out, shared):
     """Raise UserError unless `out` is a folder that can be written to, or made one, with room for a study."""
     out, needed = Path(out), NEEDED_BYTES + shared.get("pictures", 0) * 4 * shared["height"] * shared["width"]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is no folder: give another with --out")
     results.write_whole(out / ".room", b"")
     (out / ".room").unlink()
     free = shutil.disk_usage(out).free

@@ -23,6 +23,7 @@ from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.sweeps import REFERENCE
 from sdopt.bench.walk import LIMIT_S, job_of
+from sdopt.errors import UserError
 
 
 def survey(
@@ -56,13 +57,20 @@ def survey(
 def _todo(ledger, rows, every, shelf):
     """The rows still to be measured; the reference before all, where they need the pictures that it has to leave."""
     todo = [row for row in rows if not ledger.is_done(row.id) or _lost(ledger, row.id)]
-    if any(row.compares for row in todo) and not shelf.pictures.exists():
+    if any(row.compares for row in todo) and (not shelf.pictures.exists() or _lost(ledger, REFERENCE)):
         todo = [row for row in every if row.id == REFERENCE] + [row for row in todo if row.id != REFERENCE]
     return todo
 
 
 def _lost(ledger, i):
-    return ledger.row(i).get("status") == "ok" and not _record(ledger, i).exists()
+    """Whether a row that was measured has no record any more that can be read."""
+    if ledger.row(i).get("status") != "ok":
+        return False
+    try:
+        records.read(_record(ledger, i))
+    except UserError:
+        return True
+    return False
 
 
 def _begin(worker, job, pictures, shelf, **how):

@@ -36,7 +36,8 @@ def walk(
     `progress(done, text)` is told how many rows are done and what is under way, once the model has loaded. A row that
     fails is recorded and the walk goes on. `order`: the ids of all rows the file may hold, None: these. `resume`: rows
     that `out` has are kept (with `retry` those that failed are not), and what compiles is first called in a process of
-    its own, so that the first call is known both cold and with the compiler's cache warm.
+    its own, so that the first call is known both cold and with the compiler's cache warm. Without it `recipes` are measured
+    again, and of the others those stay that were measured alike.
     Raises UserError when the model cannot be loaded, or `out` has rows that were measured otherwise.
     """
     out, study = Path(out), f"{shared['model']}-path"
@@ -44,7 +45,9 @@ def walk(
     order = order or [recipe.id for recipe in recipes]
     with alone(out), process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
         about = head(study, shared, device, judge.prompts, "bench" if resume else "run")
-        ledger = Ledger(out / f"{study}.json", about, order, resume, retry)
+        ledger = Ledger(out / f"{study}.json", about, order, resume, retry, again=[recipe.id for recipe in recipes])
+        if not resume:
+            _clear_pictures(out / study, [row["id"] for row in ledger.result["rows"]])
         todo = [recipe for recipe in recipes if not ledger.is_done(recipe.id)]
         for done, recipe in enumerate(todo, len(recipes) - len(todo)):
             job = job_of(recipe, shared, judge, device, out / "cache" if resume else None)
@@ -174,6 +177,14 @@ def timed(row, numbers, job):
         calls = row["first_calls"] | {"warm_s": numbers["first_call_s"]}
         more |= {"first_calls": calls, "first_call_s": calls["cold_s"] or calls["warm_s"]}
     return numbers | more
+
+
+def _clear_pictures(folder, kept):
+    """Delete the pictures of rows that are not `kept`."""
+    names = [image_name(i) for i in kept if i in PICTURED]
+    for old in folder.glob("[0-9]*-*.png"):
+        if old.name not in names:
+            old.unlink()
 
 
 def image_name(i):
