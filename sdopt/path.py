@@ -113,8 +113,8 @@ def prepare(pipe, ids, **options):
     for unknown in (name for name in options if name not in names):
         raise UserError(f"unknown option '{unknown}': choose from {', '.join(names)}")
     o = Options(**options)
-    if o.steps < 1:
-        raise UserError(f"{o.steps} steps draw no picture: use 1 or more")
+    if not isinstance(o.steps, int) or o.steps < 1:
+        raise UserError(f"{o.steps} steps draw no picture: use 1 or more, a whole number")
     applied = getattr(pipe, "_sdopt_steps", ())
     new = [i for i in ORDER if i in ids and i not in applied]
     for i in new:

@@ -57,7 +57,7 @@ def by_kind(kernels: dict[str, float]) -> dict[str, float]:
     """Time by kind of kernel, for {name: time}: a key for each of KINDS, and OTHER.
 
     Attention is the fused kernels alone: attention by the formula is matrix products and others. Introduced in
-    notebooks/10_the_whole_path.
+    notebooks/13_fp8.
     """
     kinds = dict.fromkeys((*KINDS, OTHER), 0.0)
     for name, time in kernels.items():

@@ -229,8 +229,11 @@ def compare(row, other, about=()):
     """How much faster `row` is than `other`, both of one result file: {"speedup", "clear"}.
 
     `speedup` is the ratio of the medians; `clear` says whether the intervals from p20 to p80 stay apart. `about` names
-    the settings the two rows are there to compare. Raises UserError when they differ in any other setting.
+    the settings the two rows are there to compare. Raises UserError when they differ in any other setting, or one has no times.
     """
+    for each in (row, other):
+        if "latency_s" not in each:
+            raise UserError(f"row {each['id']} has no times ({each.get('status')}): measure it first")
     mine, theirs = row["settings"], other["settings"]
     differ = sorted(k for k in (mine.keys() | theirs.keys()) - set(about) if mine.get(k) != theirs.get(k))
     if differ:

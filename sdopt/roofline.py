@@ -128,7 +128,7 @@ def product_seconds(name: str, side: int, device: str, **timed) -> float:
     """Seconds of a square matrix product in the format `name`: "float32", "TF32", "bfloat16", "float16", "fp8" or "int8".
 
     `timed` goes to `kernel_seconds`, {"repeats": 3, "rounds": 9} where nothing else is said. Raises UserError for
-    another name. Introduced in notebooks/10_the_whole_path.
+    another name. Introduced in notebooks/02_bf16.
     """
     if name not in ("float32", "TF32", "bfloat16", "float16", "fp8", "int8"):
         raise UserError(f"no product is measured in {name}: use float32, TF32, bfloat16, float16, fp8 or int8")

@@ -51,7 +51,12 @@ def latency(runs_s) -> dict:
 
 
 def percentile(values, percent: int) -> float:
-    """The value that `percent` of `values` stay below, interpolated. Introduced in notebooks/00_measure_first."""
+    """The value that `percent` of `values` stay below, interpolated; UserError for a percentage that is not 1 to 99.
+
+    Introduced in notebooks/00_measure_first.
+    """
+    if not 1 <= percent <= 99:
+        raise UserError(f"no value is the percentile {percent}: use 1 to 99")
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
@@ -213,7 +218,7 @@ def stopwatch(device):
     """Marks in time that make no one wait: `mark()`; put (name, start, end) into `spans`; `read()` gives (name, ms).
 
     On a GPU a mark is an event, stamped when the GPU gets to it; on a CPU the host's clock. Introduced in
-    notebooks/00_measure_first.
+    notebooks/01_baseline_fp32.
     """
     return _CudaWatch() if str(device).startswith("cuda") else _CpuWatch()
 

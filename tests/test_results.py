@@ -114,6 +114,12 @@ def test_compare_tells_the_ratio_and_whether_it_is_clear():
     assert not results.compare(fast, alike)["clear"]
 
 
+def test_a_row_without_times_is_not_compared():
+    failed = {"id": "b", "settings": {}, "status": "failed: out of memory"}
+    with pytest.raises(UserError, match=r"row b has no times \(failed: out of memory\)"):
+        results.compare(failed, failed)
+
+
 def test_rows_of_different_settings_are_compared_only_when_that_is_the_subject():
     a, b = row("a", 1.0, settings={"steps": 20}), row("b", 2.0)
     with pytest.raises(UserError, match="differ in steps"):

@@ -8,7 +8,7 @@ from sdopt.compilation import channels_last, compile_pipeline, graphs
 from sdopt.errors import UserError
 from sdopt.guidance import cutoff
 from sdopt.schedulers import use_scheduler
-from sdopt.timing import Timing, in_turns, kernel_seconds, measure, share, stages, stopwatch
+from sdopt.timing import Timing, in_turns, kernel_seconds, measure, percentile, share, stages, stopwatch
 
 
 def test_the_first_call_is_apart_from_the_others():
@@ -117,3 +117,9 @@ def test_the_share_of_some_parts_is_between_none_and_all():
     assert of(lambda name, part: False) == 0
     assert 0.1 < of(lambda name, part: name == "0") < of(lambda name, part: name in ("0", "1", "2")) <= 1
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net), "nothing stays behind"
+
+
+def test_a_percentile_that_is_none_is_refused():
+    for percent in (0, 100):
+        with pytest.raises(UserError, match="use 1 to 99"):
+            percentile([1.0, 2.0], percent)

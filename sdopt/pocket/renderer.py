@@ -219,7 +219,7 @@ def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "c
     """Draw scenes: uint8 [N, 3, size, size] in sRGB on `device`; `samples` squared rays are averaged a pixel.
 
     Source: sphere tracing (Hart 1996) with soft shadows and ambient occlusion after Quilez.
-    Introduced in notebooks/00_measure_first.ipynb.
+    Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     device = torch.device(device)
     kernel = _kernels(device.type == "cuda")
