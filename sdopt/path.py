@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 
 import torch
 
@@ -113,7 +114,7 @@ def prepare(pipe, ids, **options):
     for unknown in (name for name in options if name not in names):
         raise UserError(f"unknown option '{unknown}': choose from {', '.join(names)}")
     o = Options(**options)
-    if not isinstance(o.steps, int) or o.steps < 1:
+    if not isinstance(o.steps, Integral) or o.steps < 1:
         raise UserError(f"{o.steps} steps draw no picture: use 1 or more, a whole number")
     applied = getattr(pipe, "_sdopt_steps", ())
     new = [i for i in ORDER if i in ids and i not in applied]

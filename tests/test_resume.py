@@ -283,10 +283,10 @@ def test_a_run_that_begins_anew_keeps_what_it_does_not_measure_if_that_was_measu
     otherwise = HEAD | {"settings": SHARED | {"steps": 1}}
     assert Ledger(tmp_path / "s.json", otherwise, "abc", again=["b"]).result["rows"] == []
     walk._clear_pictures(tmp_path, [])
-    for name in ("1-baseline_fp32.png", "2-bf16.png", "mine.png"):
+    for name in ("1-baseline_fp32.png", "2-bf16.png", "3-mine.png"):
         (tmp_path / name).touch()
     walk._clear_pictures(tmp_path, ["bf16"])
-    assert {path.name for path in tmp_path.glob("*.png")} == {"2-bf16.png", "mine.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"2-bf16.png", "3-mine.png"}
 
 
 def test_a_row_that_was_begun_is_not_done(tmp_path):

@@ -181,10 +181,9 @@ def timed(row, numbers, job):
 
 def _clear_pictures(folder, kept):
     """Delete the pictures of rows that are not `kept`."""
-    names = [image_name(i) for i in kept if i in PICTURED]
-    for old in folder.glob("[0-9]*-*.png"):
-        if old.name not in names:
-            old.unlink()
+    for i in PICTURED:
+        if i not in kept:
+            (folder / image_name(i)).unlink(missing_ok=True)
 
 
 def image_name(i):
