@@ -122,14 +122,12 @@ def add(out, root=None):
 
 def _check_whole(path, result, older):
     """Raise UserError for a study that measured nothing, has nothing to be compared with, or lacks rows that `older` has."""
-    measured = {row["id"] for row in result["rows"] if row["status"] == "ok"}
-    if not measured:
+    if not any(row["status"] == "ok" for row in result["rows"]):
         raise UserError(f"{path} has no row that was measured: measure one first")
     if result["study"].endswith("-path"):
         figures.ends_of(result)
-    tried = {row["id"] for row in result["rows"]}
-    lost = [row["id"] for row in results.read(older)["rows"] if row["status"] == "ok"] if older.exists() else []
-    if lost := [i for i in lost if i not in tried]:
+    tried, before = {row["id"] for row in result["rows"]}, results.read(older)["rows"] if older.exists() else []
+    if lost := [row["id"] for row in before if row["status"] == "ok" and row["id"] not in tried]:
         raise UserError(f"{older} has rows that {path} lacks ({', '.join(lost)}): measure them too, or delete it first")
 
 
