@@ -59,6 +59,7 @@ from sdopt.kernels import (
     launch,
     linear_geglu,
     prompt_attention,
+    self_attention,
     shortcut,
     softmax,
     upsample_conv,
@@ -85,7 +86,8 @@ def captured(request, monkeypatch):
         for tensor in outputs:
             tensor.fill_(float("nan"))
 
-    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, prompt_attention, shortcut, softmax):
+    attentions = prompt_attention, self_attention
+    for kernel in (add_layer_norm, bias_residual, geglu, group_norm, linear_geglu, *attentions, shortcut, softmax):
         for user in (fused, residual):
             if hasattr(user, kernel.NAME):
                 monkeypatch.setattr(user, kernel.NAME, kernel.reference)

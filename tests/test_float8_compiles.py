@@ -12,7 +12,7 @@ CODE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
-from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, prompt_attention, to_float8
+from sdopt.kernels import add_layer_norm, conv_float8, geglu, linear_geglu, prompt_attention, self_attention, softmax, to_float8
 
 TYPES = {"out": "*fp8e4nv", "scale": "*fp32", "eps": "fp32"}
 TYPES |= dict.fromkeys(("rows", "wide", "half", "channels", "high", "outputs", "inputs", "positions", "tokens"), "i32")
@@ -50,8 +50,16 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
     constants = {"TALL": tall, "ACROSS": across, "DEEP": deep, "EXACT": False}
     found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
     assert found.metadata.shared <= memory, (capability, found.metadata.shared)
-    for dtype, name in ((torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16")):
-        tall, wide, deep, warps, stages = linear_geglu.tile_of(8192, dtype, dtype, memory)
+    for rounds, name in ((False, "bf16"), (True, "fp8e4nv")):
+        tiles = {part: f"tensordesc<bf16[1, {n}, 64]>" for part, n in (("of_query", 64), ("of_key", 128))}
+        tiles |= {"out": f"tensordesc<{name}[1, 64, 64]>", "scale": "fp32"}
+        constants = {"TALL": 64, "WIDE": 128, "WIDTH": 64, "CUT": rounds, "EXACT": False, "ROUNDS": rounds}
+        found = compiled(self_attention._self_attention, constants, capability, tiles, num_warps=4, num_stages=2)
+        assert 2 * found.metadata.shared <= memory, (capability, "two programs", found.metadata.shared)
+    for rows, dtype, name in (
+        (8192, torch.float8_e4m3fn, "fp8e4nv"), (8192, torch.bfloat16, "bf16"), (1024, torch.bfloat16, "bf16")
+    ):
+        tall, wide, deep, warps, stages = linear_geglu.tile_of(rows, 5120, dtype, dtype, memory, 132)
         types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
         types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>"}
         rounded = dtype is torch.float8_e4m3fn
@@ -59,6 +67,9 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
         constants |= {"ROUNDED": "row" if rounded else "", "ROUNDS": rounded}
         found = compiled(linear_geglu._linear_geglu, constants, capability, types, num_warps=warps, num_stages=stages)
         assert found.metadata.shared <= memory, (capability, name, found.metadata.shared)
+for whole in (True, False):
+    types = {"scores": "*fp32", "out": "*bf16", "length": "i32", "scale": "fp32"}
+    compiled(softmax._softmax, {"WIDE": softmax.WIDE, "WHOLE": whole}, 90, types, num_warps=16)
 try:
     compiled(*KERNELS[0], 80)
 except Exception as error:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdopt.engine import fused, plain, residual
-from sdopt.kernels import launch, linear_geglu
+from sdopt.kernels import launch, linear_geglu, self_attention
 from sdopt.kernels.prompt_attention import MOST_KEYS
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU is there, and Triton compiles for it")
@@ -43,7 +43,7 @@ def kernels(monkeypatch):
     ran = []
     for name in (
         *("group_norm", "add_layer_norm", "geglu", "linear_geglu", "bias_residual", "upsample_conv", "softmax"),
-        *("prompt_attention", "shortcut"),
+        *("prompt_attention", "self_attention", "shortcut"),
     ):
         user = fused if hasattr(fused, name) else residual
         function = getattr(user, name)
@@ -197,6 +197,27 @@ def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, mo
     monkeypatch.setattr(linear_geglu, "ENOUGH", 2 * 2 * 4 + 1)
     call()
     assert kernels.count("geglu") == len(blocks) and "linear_geglu" not in kernels
+
+
+def test_few_positions_attend_to_each_other_by_our_kernel(unet, kernels, monkeypatch):
+    """From one product, of heads of its width, in 16 bits; a library's for more positions."""
+    unet = UNet2DConditionModel.from_config(dict(unet.config, block_out_channels=(24, 64))).eval().half()
+    blocks = [block for m in unet.modules() if type(m) is Transformer2DModel for block in m.transformer_blocks]
+    torch.manual_seed(1)
+    latents, text = torch.randn(2, 4, 6, 8).half(), torch.randn(2, 7, 64).half()
+    call = torch.no_grad()(lambda: unet(latents, torch.tensor(400), text).sample.float())
+    theirs = call()
+    fused.fuse(unet)
+    monkeypatch.setattr(self_attention, "FAST", 16)
+    call()
+    assert "self_attention" not in kernels, "three products"
+    unet.fuse_qkv_projections()
+    assert (call() - theirs).abs().max() < 0.01 * theirs.abs().max()
+    assert kernels.count("self_attention") == len(blocks)
+    kernels.clear()
+    monkeypatch.setattr(self_attention, "FEW", 2 * 3 * 4 * 4 - 1)  # two images half as high and wide, four heads
+    call()
+    assert "self_attention" not in kernels
 
 
 def test_a_prompt_too_long_for_one_program_is_left_to_pytorch(unet, kernels):

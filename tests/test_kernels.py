@@ -16,6 +16,7 @@ from sdopt.kernels import (
     launch,
     linear_geglu,
     prompt_attention,
+    self_attention,
     shortcut,
     softmax,
     upsample_conv,
@@ -112,6 +113,21 @@ def test_linear_geglu(device, dtype, shape, outputs):
     assert ours.dtype is dtype and ours.shape == exact.shape
     theirs = off(linear_geglu.reference(x, weight, bias)) + 1e-6 * exact.square().sum().sqrt()
     assert off(ours) <= (2 if device == "cpu" else 1.1) * theirs  # the interpreter truncates to bfloat16
+
+
+@pytest.mark.parametrize(("shape", "outputs"), [((1030, 24), 72), (LARGE, 2064)])
+def test_linear_geglu_by_narrow_tiles(device, shape, outputs, monkeypatch):
+    if device == "cpu" and shape == LARGE:
+        pytest.skip("the interpreter takes a minute")
+    monkeypatch.setattr(linear_geglu, "GAINS", 0)
+    assert linear_geglu.tile_of(shape[0], outputs, torch.bfloat16, torch.bfloat16, 2**17, 132)[:2] == linear_geglu.NARROW[:2]
+    test_linear_geglu(device, torch.bfloat16, shape, outputs)
+
+
+def test_a_tile_of_linear_geglu_is_narrow_where_large_ones_leave_multiprocessors_idle():
+    wide = lambda *size, programs=132: linear_geglu.tile_of(*size, torch.half, torch.half, 2**17, programs)[1]
+    assert wide(1024, 5120) == 64, "320 tiles are two rounds of 132 and a third of 56; 640 are five, but for 20"
+    assert [wide(2048, 5120), wide(4096, 2560), wide(8192, 2560), wide(1024, 5120, programs=1)] == [128] * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -226,7 +242,33 @@ def test_prompt_attention(device, dtype, positions, tokens, heads, width, joined
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 1), ()])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width"), [(2, 256, 2, 64), (3, 70, 3, 16), (1, 129, 1, 128), (2, 1, 2, 32), (1, 0, 1, 64)]
+)
+def test_self_attention(device, dtype, batch, tokens, heads, width):
+    """No further from float64 than PyTorch's own attention, by a rounding; keys far apart, so that the largest is met late."""
+    qkv = random((batch, tokens, 3 * heads * width), torch.float32, device)
+    qkv[:, :, : 2 * heads * width] *= torch.linspace(0.3, 2, max(tokens, 1), device=device)[:tokens, None]
+    qkv = qkv.to(dtype)
+    ours = self_attention.self_attention(qkv, heads)
+    exact = self_attention.reference(qkv.double(), heads)
+    off = lambda y: (y.double() - exact).square().sum().sqrt()
+    assert ours.dtype is dtype and ours.shape == (batch, tokens, heads * width) and ours.isfinite().all()
+    step = torch.finfo(dtype).eps * exact.square().sum().sqrt()
+    assert off(ours) <= 1.1 * off(self_attention.reference(qkv, heads)) + step + 1e-6 * exact.abs().sum()
+
+
+def test_self_attention_is_for_few_queries_of_its_width_in_16_bits():
+    new = lambda batch, tokens, joined, dtype=torch.half: torch.empty(batch, tokens, joined, dtype=dtype)
+    sdxl = [new(1, 1024, 3840), new(2, 1024, 3840), new(1, 4096, 1920), new(2, 4096, 1920)]
+    assert [self_attention.fits(qkv, qkv.shape[-1] // 192) for qkv in sdxl] == [True, True, True, False]
+    assert not self_attention.fits(new(1, 4096, 3 * 320), 8), "heads of 40"
+    assert not self_attention.fits(new(1, 16, 192, torch.float), 1)
+    assert not self_attention.fits(new(1, 16, 384)[..., :192], 1) and self_attention.fits(new(1, 16, 192), 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 7, 640), (3, 33), (1, 2, 5000), (1, 16384), (2, 20000), (1, 1), ()])
 def test_softmax(device, dtype, shape):
     """Scores far apart, and over all of them far from zero."""
     scores = 30 * random(shape, torch.float32, device) - 1000
@@ -247,6 +289,7 @@ def test_bytes_are_counted():
     assert geglu.bytes_moved(x) == 3 * x.numel()
     assert linear_geglu.bytes_moved(torch.empty(3, 5), torch.empty(16, 5)) == 4 * (15 + 80 + 24)
     assert prompt_attention.bytes_moved(x, torch.empty(6), torch.empty(6)) == 2 * (2 * x.numel() + 12)
+    assert self_attention.bytes_moved(torch.empty(2, 5, 6, dtype=torch.half)) == 2 * 4 * 20
     assert softmax.bytes_moved(torch.empty(3, 5), 1.0, torch.bfloat16) == 6 * 15
     assert upsample_conv.bytes_moved(x, torch.empty(32, 64, 3, 3)) == 2 * (3 * x.numel() + 32 * 64 * 9)
     assert add_layer_norm.bytes_moved(x, x) == 8 * x.numel() == 2 * add_layer_norm.bytes_moved(x, None)
@@ -295,6 +338,10 @@ WRONG = {
         lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), torch.ones(1, 7, 8), torch.ones(1, 6, 8), 2),
         "v is not .1, 7, 8.",
     ),
+    "no three": (lambda: self_attention.self_attention(torch.ones(1, 4, 64), 1), "not .batch, tokens, 3 . 1 heads of 16, 32"),
+    "no head": (lambda: self_attention.self_attention(torch.ones(1, 4, 48), 0), "3 . 0 heads"),
+    "three tensors": (lambda: self_attention.self_attention(torch.ones(4, 48), 1), "4, 48. is not"),
+    "moved": (lambda: self_attention.self_attention(torch.ones(1 + 192)[1:].view(1, 4, 48), 1), "multiple of 16 bytes"),
     "two dtypes": (
         lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),
         "make them one",

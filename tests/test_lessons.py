@@ -13,6 +13,7 @@ from sdopt.kernels import (
     group_norm,
     linear_geglu,
     prompt_attention,
+    self_attention,
     shortcut,
     softmax,
     upsample_conv,
@@ -44,12 +45,13 @@ def test_kernels_are_named_timed_and_counted(fresh_compiler):
 
 def test_fused_kernels_stand_beside_what_they_replace(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    shapes = [(1, 32, 2, 3), (1, 32, 2, 3), (1, 8, 8, 16, 2), (3, 16), (3, 32), (1, 4, 2, 3), (2, 40), (3, 8), (1, 2, 16)]
-    kernels = [group_norm, bias_residual, shortcut, add_layer_norm, geglu, upsample_conv, softmax, linear_geglu, prompt_attention]
+    shapes = [(1, 32, 2, 3), (1, 32, 2, 3), (1, 8, 8, 16, 2), (3, 16), (3, 32), (1, 4, 2, 3), (2, 40), (3, 8), (1, 2, 16), (1, 2, 16)]
+    kernels = [group_norm, bias_residual, shortcut, add_layer_norm, geglu, upsample_conv, softmax, linear_geglu]
+    kernels += [prompt_attention, self_attention]
     rows = fusions.fusions("cpu", list(zip(kernels, shapes)), repeats=1, rounds=1)
     assert [(row["kernel"], row["shape"]) for row in rows] == [(k.NAME, list(s)) for k, s in zip(kernels, shapes)]
     moved = [2 * 2 * 192, 2 * 3 * 192, 2 * (2 * 32 + 256 + 2 * 64), 2 * 4 * 48, 3 * 96, 2 * (24 + 144 + 96), 6 * 80, 2 * (24 + 512 + 96)]
-    moved.append(2 * (2 * 32 + 2 * 77 * 16))
+    moved += [2 * (2 * 32 + 2 * 77 * 16), 2 * 4 * 32]
     assert [row["bytes"] for row in rows] == moved
     for row in rows:
         more = {"apart"} if row["kernel"] == linear_geglu.NAME else set()

@@ -14,6 +14,7 @@ from sdopt.kernels import (
     group_norm,
     linear_geglu,
     prompt_attention,
+    self_attention,
     shortcut,
     softmax,
     upsample_conv,
@@ -42,6 +43,7 @@ FUSIONS = (
     *((add_layer_norm, shape) for shape in TOKENS),
     *((geglu, (tokens, 8 * channels)) for tokens, channels in TOKENS),  # a feed-forward's gates and values
     *((prompt_attention, (2, tokens // 2, channels)) for tokens, channels in TOKENS),
+    *((self_attention, (samples, tokens // 2, channels)) for tokens, channels in TOKENS for samples in (1, 2)),
     *((linear_geglu, shape) for shape in TOKENS),  # all of a feed-forward's first half
     *((upsample_conv, shape) for shape in SMALL),
     (softmax, (4096, 16384)),  # a part of the attention in SDXL's VAE
@@ -87,10 +89,13 @@ def _arguments(kernel, shape, device, dtype):
     if kernel is add_layer_norm:
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:
-        return image(), new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last), new(shape[1])
+        weight = new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last)
+        return image(), weight, new(shape[1]), upsample_conv.folded(weight)  # which is done once, as weights are loaded
     if kernel is prompt_attention:
         samples, _, channels = shape
         return new(*shape), *(new(samples, 77, channels) for _ in "kv"), max(1, channels // 64)
+    if kernel is self_attention:
+        return new(*shape[:2], 3 * shape[2]), max(1, shape[2] // 64)
     if kernel is linear_geglu:
         rows, inputs = shape  # four times as many outputs as inputs, and as many gates
         return new(rows, inputs), new(8 * inputs, inputs) / inputs**0.5, new(8 * inputs)

@@ -23,6 +23,8 @@ from sdopt.kernels.linear_geglu import fits as joins
 from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.linear_geglu import suits as suits_joined
 from sdopt.kernels.prompt_attention import fits, prompt_attention
+from sdopt.kernels.self_attention import fits as fast
+from sdopt.kernels.self_attention import self_attention
 from sdopt.kernels.softmax import softmax
 
 SCORES = 2**26  # of attention at once: 256 MiB in float32
@@ -139,12 +141,11 @@ def _attended(attn, x, text, rounded=None):
     """What layer `attn` makes of `x` and the prompt `text`, None for itself; `rounded`: its projections of `x` in e4m3."""
     if not plain.attention(attn):
         return attn(x, encoder_hidden_states=text)
-    if rounded and text is None:
-        q, k, v = rounded(x).chunk(3, dim=-1)
-    elif type(attn.processor) is FusedAttnProcessor2_0 and text is None:
-        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-    elif text is None and (weights := once.joined(attn)) is not None:
-        q, k, v = linear(x, weights).chunk(3, dim=-1)
+    qkv = _joined(attn, x, rounded) if text is None else None
+    if qkv is not None:
+        if fast(qkv, attn.heads):
+            return attn.to_out[0](self_attention(qkv, attn.heads))
+        q, k, v = qkv.chunk(3, dim=-1)
     else:
         q = (rounded or attn.to_q)(x)
         k, v, *scale = once.keys_and_values(attn) or keys_and_values(attn, x if text is None else text)
@@ -153,6 +154,16 @@ def _attended(attn, x, text, rounded=None):
             return (out or attn.to_out[0])(prompt_attention(q, k, v, attn.heads, *(scale if out else ())))
     q, k, v = (t.unflatten(2, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
     return attn.to_out[0](scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _joined(attn, x, rounded):
+    """Query, key and value of a self-attention side by side, as one product of `x` makes them; None where there is none."""
+    if rounded:
+        return rounded(x)
+    if type(attn.processor) is FusedAttnProcessor2_0:
+        return attn.to_qkv(x)
+    weights = once.joined(attn)
+    return None if weights is None else linear(x, weights)
 
 
 def keys_and_values(attn, seen):

@@ -27,7 +27,8 @@ from sdopt.kernels.to_float8 import E4M3, Scaled, in_e4m3, place
 NAME = "linear_geglu"
 # Rows and outputs of a tile, inputs at a step, warps, steps that are loaded ahead. A tensor core's widest product has 256
 # columns: 128 values and their gates.
-TILE, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
+TILE, NARROW, FEW_ROWS, OF_BYTES = (128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 128, 8, 3)
+GAINS = 1.15  # times as many multiprocessors at work with a narrow tile make up for reading more
 TOGETHER = 8  # tiles of rows that are computed at about the same time, and share weights in the GPU's cache
 ENOUGH = 1024  # rows: with fewer, large tiles would leave multiprocessors idle
 
@@ -62,14 +63,15 @@ def linear_geglu(
     result = out if scale is None else Scaled(out, scale)
     if not out.numel():
         return result
-    tall, wide, deep, warps, stages = tile_of(rows, x.dtype, out.dtype, launch.memory(x))
+    programs = launch.multiprocessors(x)
+    tall, wide, deep, warps, stages = tile_of(rows, outputs, x.dtype, out.dtype, launch.memory(x), programs)
     tiles = TensorDescriptor.from_tensor
     halves, gated = weight.view(2, outputs, inputs), out.view(rows, outputs)
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, wide)
     several = tall == TILE[0]  # tiles a program
     launch.start(
         _linear_geglu,
-        (min(count, launch.multiprocessors(x)) if several else count,),
+        (min(count, programs) if several else count,),
         *(tiles(x.view(rows, inputs), [tall, deep]), tiles(halves, [2, wide, deep]), bias, tiles(gated, [tall, wide])),
         *(bias if s is None else s for s in (of_x, of_weight, scale)),
         *(rows, outputs, inputs, tall, wide, deep, TOGETHER, launch.INTERPRETED or x.dtype is torch.float32),
@@ -80,13 +82,25 @@ def linear_geglu(
     return result
 
 
-def tile_of(rows: int, dtype: torch.dtype, out: torch.dtype, memory: int) -> tuple[int, ...]:
-    """The tile for so many `rows` of `dtype`, with no more steps loaded ahead than `memory` bytes hold beside a tile of `out`."""
-    tall, wide, deep, warps, stages = OF_BYTES if dtype is E4M3 else FEW_ROWS if _few(rows, dtype) else TILE
+def tile_of(rows: int, outputs: int, dtype: torch.dtype, out: torch.dtype, memory: int, programs: int) -> tuple[int, ...]:
+    """The tile for so many `rows` of `dtype`, with no more steps loaded ahead than `memory` bytes hold beside a tile of `out`.
+
+    `programs` at once: a narrow tile where the large ones would leave many of them idle in the last round.
+    """
+    tile = OF_BYTES if dtype is E4M3 else FEW_ROWS if _few(rows, dtype) else TILE
+    if tile is TILE and _at_work(rows, outputs, NARROW, programs) >= GAINS * _at_work(rows, outputs, TILE, programs):
+        tile = NARROW
+    tall, wide, deep, warps, stages = tile
     if dtype is torch.float32:  # twice the bytes, and a multiprocessor's own memory is not larger
         deep //= 2
     held = (memory - tall * wide * out.itemsize) // ((tall + 2 * wide) * deep * dtype.itemsize)
     return tall, wide, deep, warps, max(1, min(stages, held))
+
+
+def _at_work(rows, outputs, tile, programs):
+    """The share of the programs' rounds in which they have a tile."""
+    count = triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1])
+    return count / (triton.cdiv(count, programs) * programs)
 
 
 def _few(rows, dtype):
