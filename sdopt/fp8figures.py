@@ -11,6 +11,7 @@ WAYS = {"bf16": SERIES[0], "row": SERIES[1], "tensor": SERIES[3]}
 CALLED = {"bf16": "bf16", "row": "fp8, a scale a row", "tensor": "fp8, a scale a tensor"}
 KINDS = {  # by what the name of a layer holds
     "attn1": "self-attention\nq, k, v",
+    "attn1.to_out": "self-attention\noutput",
     "attn2.to_q": "cross-attention\nq",
     "attn2.to_out": "cross-attention\noutput",
     "ff.net.0": "feed-forward,\nfirst half",
@@ -19,6 +20,11 @@ KINDS = {  # by what the name of a layer holds
 }
 SWEPT = {"self-attention": "o", "cross-attention": "s", "feed-forward 1": "^", "feed-forward 2": "v", "output": "x"}
 CONVOLVED = {"sdxl": "o", "sd15": "s"}
+
+
+def kind_of(layer: str) -> str:
+    """Which of KINDS the layer of that name is. Introduced in notebooks/13_fp8."""
+    return max((kind for kind in KINDS if kind in layer), key=len)
 
 
 def whole(row: Mapping, way: str) -> float:
@@ -85,7 +91,7 @@ def by_layer(cases: Sequence[tuple[str, Sequence[Mapping]]]):
     figure = figures.Plot(figsize=(9, 0.6 + 2.8 * len(cases)))
     for axes, (title, rows) in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases):
         for x, kind in enumerate(KINDS):
-            found = [row["off"] for row in rows if kind in row["layer"]]
+            found = [row["off"] for row in rows if kind_of(row["layer"]) == kind]
             for shift, (way, colour) in enumerate(WAYS.items()):
                 off = [100 * one[way] for one in found if way in one]
                 at = [x + 0.26 * (shift - 1) + 0.16 * (k / max(1, len(off) - 1) - 0.5) for k in range(len(off))]

@@ -69,7 +69,7 @@ def test_a_prepared_pipeline_draws_nearly_the_same_and_rounds_weights_once_a_pic
     assert engine.prepare(rounding, scales=scales, **EVERY) is engine.prepare(rounding, scales=scales, **EVERY)
     ours = draw()
     assert len(captured) == made + 3, "what the prompt gives, a step, the decoder"
-    assert engine.fp8_layers(rounding) == 5 * BLOCKS + CONVOLUTIONS
+    assert engine.fp8_layers(rounding) == 6 * BLOCKS + CONVOLUTIONS
     assert close(ours, eager) and not np.array_equal(ours, plain)
     assert not rounding.unet.forward.held.joined, "which nobody needs"
     assert np.array_equal(draw(), ours) and len(captured) == made + 3 and captured.of_weights == 2, "one a preparation"
@@ -118,7 +118,7 @@ def test_a_lora_is_not_rounded_until_it_is_part_of_the_weights(rounding, capture
     assert engine.fp8_layers(rounding) == BLOCKS, "the first half of each feed-forward alone has no LoRA"
     rounding.fuse_lora(components=["unet"])
     seen.append(small(rounding))
-    assert engine.fp8_layers(rounding) == 5 * BLOCKS
+    assert engine.fp8_layers(rounding) == 6 * BLOCKS
     assert np.abs(seen[0] - before).max() > 1e-2 and close(*seen)
     rounding.unet.disable_adapters()
     small(rounding)
@@ -127,7 +127,7 @@ def test_a_lora_is_not_rounded_until_it_is_part_of_the_weights(rounding, capture
     rounding.unet.delete_adapters(["default"])
     rounding.unet.unload_lora()
     after = small(rounding)
-    assert engine.fp8_layers(rounding) == 5 * BLOCKS and psnr(after, before) > 35, "up to what fusing rounds off the weights"
+    assert engine.fp8_layers(rounding) == 6 * BLOCKS and psnr(after, before) > 35, "up to what fusing rounds off the weights"
 
 
 def test_a_small_model_has_no_layer_that_gains(rounding):
@@ -172,7 +172,7 @@ def test_fused_projections_are_rounded_as_one(rounding):
     rounding.fuse_qkv_projections()
     eager = small(rounding)
     assert close(small(engine.prepare(rounding, **EVERY)), eager)
-    assert engine.fp8_layers(rounding) == 5 * BLOCKS + CONVOLUTIONS
+    assert engine.fp8_layers(rounding) == 6 * BLOCKS + CONVOLUTIONS
 
 
 def test_what_is_not_known_runs_eagerly_in_bfloat16(rounding):
@@ -242,7 +242,7 @@ def test_gpu_pictures_in_any_order(on_gpu, scales):  # noqa: F811
     assert all(psnr(one, right) > 20 for one, right in zip(ours, eager))
     blocks = sum(len(m.transformer_blocks) for m in on_gpu.unet.modules() if hasattr(m, "transformer_blocks"))
     convolutions = 2 * sum(type(m) is ResnetBlock2D for m in on_gpu.unet.modules())
-    assert engine.fp8_layers(on_gpu) == 5 * blocks + convolutions and not on_gpu.unet.forward.said
+    assert engine.fp8_layers(on_gpu) == 6 * blocks + convolutions and not on_gpu.unet.forward.said
     for n in (3, 0, 5):
         assert np.array_equal(gpu_draw(on_gpu, **calls[n]), ours[n])
     engine.restore(on_gpu)

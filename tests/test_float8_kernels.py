@@ -13,6 +13,7 @@ from sdopt.kernels import (
     launch,
     linear_geglu,
     prompt_attention,
+    self_attention,
     to_float8,
 )
 
@@ -92,9 +93,10 @@ def test_gated_bound(device, dtype, outputs, inputs, biased):
     weight, gamma, beta = (random(shape, dtype, device) for shape in ((2 * outputs, inputs), inputs, inputs))
     weight *= torch.logspace(-1, 1, 2 * outputs, device=device).to(dtype)[:, None]
     bias = 10 * random(2 * outputs, dtype, device) if biased else None
-    ours = gated_bound.gated_bound(weight, bias, gamma, beta)
-    exact = gated_bound.reference(*(None if t is None else t.double() for t in (weight, bias, gamma, beta)))
-    assert ours.dtype is torch.float32 and ours.max().item() == pytest.approx(exact.item(), rel=1e-5)
+    for gated in (True, False):
+        ours = gated_bound.gated_bound(weight, bias, gamma, beta, gated)
+        exact = gated_bound.reference(*(None if t is None else t.double() for t in (weight, bias, gamma, beta)), gated)
+        assert ours.dtype is torch.float32 and ours.max().item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_gated_bound_takes_pairs_of_rows(device):
@@ -117,6 +119,18 @@ def test_prompt_attention(device, dtype, positions, tokens, heads, width):
     ours = prompt_attention.prompt_attention(q, k, v, heads, scale)
     assert ours.scale is scale
     close = prompt_attention.prompt_attention(q, k, v, heads).double()  # before it is rounded, but to its dtype
+    assert_rounded(ours, close, scale, torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(2, 70, 2, 64), (1, 64, 3, 16), (1, 0, 1, 32)])
+def test_self_attention(device, dtype, batch, tokens, heads, width):
+    """A mean of values, too."""
+    qkv = random((batch, tokens, 3 * heads * width), dtype, device)
+    scale = (qkv.abs().amax() / 448).float() if tokens else torch.ones((), device=device)
+    ours = self_attention.self_attention(qkv, heads, scale)
+    assert ours.scale is scale
+    close = self_attention.self_attention(qkv, heads).double()
     assert_rounded(ours, close, scale, torch.finfo(dtype).eps + 1e-5)
 
 

@@ -10,6 +10,7 @@ from math import sqrt
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_sdxl
 from torch import nn
@@ -18,7 +19,7 @@ from sdopt.engine import bounds, fp8, fused
 from sdopt.engine.fp8 import Layer, Rounding
 from sdopt.engine.once import Once, using
 from sdopt.errors import UserError
-from sdopt.kernels import gated_bound, linear_geglu, prompt_attention, to_float8
+from sdopt.kernels import gated_bound, linear_geglu, prompt_attention, self_attention, to_float8
 
 STEP, LAST = 2.0**-4, 2.0**-10
 SUMMED = 2.0**-10  # of the sum of absolute products: tensor cores add in fewer bits than float32 has; the result in bfloat16
@@ -31,6 +32,10 @@ def exactly(scaled):
 
 def of_gated(norm, wide):
     return bounds.of_each([(norm, wide)])[0]
+
+
+def of_values_after(norm, layer, first=0):
+    return bounds.of_each([(norm, layer, first)])[0]
 
 
 def may_be_off(x, scale):
@@ -133,6 +138,10 @@ def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
     value, gate = wide(norm(x)).chunk(2, -1)
     farthest = (value * nn.functional.gelu(gate)).abs().max()
     assert 0.2 * of_gated(norm, wide) < farthest <= of_gated(norm, wide)
+    wide.bias = None
+    for first in (0, 60):
+        farthest = wide(norm(100 * directions))[:, first:].abs().max()
+        assert 0.7 * of_values_after(norm, wide, first) < farthest <= of_values_after(norm, wide, first)
 
 
 @pytest.mark.parametrize("scales", fp8.SCALES)
@@ -142,7 +151,7 @@ def test_what_is_gathered_together_is_what_each_layer_gathers_alone(device, scal
     unet = tiny_sdxl().unet.bfloat16().to(device, memory_format=torch.channels_last)
     for norm in (m for m in unet.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)):
         norm.weight.copy_(torch.randn_like(norm.weight)), norm.bias.copy_(torch.randn_like(norm.bias))
-    layers = list(fp8.every_layer(unet, scales).values())[::3]  # of each kind: the interpreter takes its time for all
+    layers = list(fp8.every_layer(unet, scales).values())[::5]  # of each kind: the interpreter takes its time for all
     numbers = lambda: [
         part.float() for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)
     ]
@@ -152,17 +161,18 @@ def test_what_is_gathered_together_is_what_each_layer_gathers_alone(device, scal
     for part in (part for each in layers for part in (*each.weight, each.takes) if isinstance(part, torch.Tensor)):
         part.zero_()
     fp8.gather(layers)
-    assert {each.after and len(each.after) for each in layers} == {None, 1, 2}
+    assert {each.after and len(each.after) for each in layers} == {None, 1, 2, 3}
     assert all(map(torch.equal, numbers(), alone)) and all(part.abs().max() > 0 for part in alone)
     for each in layers:
         if each.bounded:
             assert each.takes.item() == pytest.approx(bound_by_hand(*each.after) / 448, rel=1e-5)
 
 
-def bound_by_hand(norm, wide=None):
-    if wide is not None:
-        tensors = (wide.weight, wide.bias, norm.weight, norm.bias)
-        return 1.01 * gated_bound.reference(*(tensor.double() for tensor in tensors)).item()
+def bound_by_hand(norm, layer=None, first=None):
+    if layer is not None:
+        tensors = (layer.weight[first or 0 :], layer.bias, norm.weight, norm.bias)
+        double = (None if tensor is None else tensor.double() for tensor in tensors)
+        return (1.01 if first is None else 1.25) * gated_bound.reference(*double, gated=first is None).item()
     numbers = norm.num_channels // norm.num_groups * 128 * 128 if isinstance(norm, nn.GroupNorm) else len(norm.weight)
     return (norm.weight.double().abs() * numbers**0.5 + norm.bias.double().abs()).max().item()
 
@@ -235,6 +245,7 @@ def rounded_by_hand(unet, scales):
             block.attn2.to_q: (bounds.of_norm, (own.norm2,)),
             wide: (bounds.of_norm, (own.norm3,)),
             narrow: (of_gated, (own.norm3, own.ff.net[0].proj)),
+            block.attn1.to_out[0]: (of_values_after, (own.norm1, own.attn1.to_v)),
             block.attn2.to_out[0]: (lambda: torch.tensor(0.0), ()),  # what no weights tell: the values' largest
         }
         values = []
@@ -244,7 +255,8 @@ def rounded_by_hand(unet, scales):
         for linear in places:
             joined = linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
             whole = (max(farthest) if joined else linear.weight.abs().max()) / 448
-            by_row = scales == "row" and linear not in (narrow, block.attn2.to_q, block.attn2.to_out[0])
+            alone = narrow, block.attn2.to_q, block.attn2.to_out[0], block.attn1.to_out[0]
+            by_row = scales == "row" and linear not in alone
             linear.weight.data = exactly(to_float8.reference(linear.weight.data, "row" if by_row else whole))
             takes = "row" if by_row else values if linear is block.attn2.to_out[0] else largest[linear]
             scale = lambda takes: takes[-1].float() if type(takes) is list else takes
@@ -290,7 +302,7 @@ def test_a_transformer_is_off_by_what_rounding_alone_costs(device, scales, enoug
     with using(Once([], [], [], None, (), layers), of_prompt):
         ours = call(model, torch.bfloat16, device)
     off = lambda y, other: ((y - other).square().mean().sqrt() / exact.square().mean().sqrt()).item()
-    assert len(layers) == 5 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
+    assert len(layers) == 6 * len(model.transformer_blocks) and all(layer.used for layer in layers.values())
     assert len(ran) == (len(model.transformer_blocks) if enough == 1 else 0)
     assert off(by_hand, exact) > 1.5 * off(plain, exact), "it has to matter"
     assert off(ours, exact) < 1.1 * off(by_hand, exact) + off(plain, exact)
@@ -333,14 +345,26 @@ def test_only_layers_that_can_be_are_rounded(monkeypatch):
     unet = tiny_sdxl().unet.bfloat16()
     block = next(m for m in unet.modules() if type(m) is BasicTransformerBlock)
     every = Rounding("row", "all")
-    ff, out = block.ff.net, block.attn2.to_out[0]
-    assert [*fp8.layers([block], every)] == [block.attn1, block.attn2, out, ff[0].proj, ff[2]]
+    ff, out, own_out = block.ff.net, block.attn2.to_out[0], block.attn1.to_out[0]
+    assert [*fp8.layers([block], every)] == [block.attn1, block.attn2, out, ff[0].proj, ff[2], own_out]
     assert not fp8.layers([block], None)
+    assert own_out not in fp8.layers([block], Rounding("row", "measured")), "heads of 16"
+    monkeypatch.setattr(self_attention, "WIDTHS", (32,))
+    assert own_out not in fp8.layers([block], every)
+    monkeypatch.undo()
+    block.attn1.fuse_projections()
+    block.attn1.set_processor(FusedAttnProcessor2_0())
+    assert fp8.layers([block], every)[own_out].after == (block.norm1, block.attn1.to_qkv, 2 * 64)
+    block.attn1.unfuse_projections() if hasattr(block.attn1, "unfuse_projections") else None
+    block.attn1.set_processor(AttnProcessor2_0())
+    block.attn1.to_v.bias = nn.Parameter(torch.zeros(64).bfloat16())
+    assert own_out not in fp8.layers([block], every), "a bias, which the bound does not know"
     block.attn1.to_k.register_forward_hook(lambda *a: None)
     block.ff.net[2].weight.data = block.ff.net[2].weight.data.float()
     block.ff.net[0].proj = nn.Linear(64, 2 * 40).bfloat16()
     block.attn2.to_q = nn.Linear(63, 64, bias=False).bfloat16()
-    out.register_forward_hook(lambda *a: None)
+    for part in (out, own_out):
+        part.register_forward_hook(lambda *a: None)
     assert [*fp8.layers([block], every)] == [block.ff.net[0].proj]
 
 

@@ -32,7 +32,8 @@ def test_a_dot_a_layer_and_way_by_kind_of_layer():
     assert dots == [[[0.2, 0.1], [2, 4], [3, 3], [0.2], [1]], [[0.2], [2], [3]]]
     assert first.get_title("left") == "here" and len(first.get_xticklabels()) == len(fp8figures.KINDS)
     at = {round(sum(line.get_xdata()) / len(line.get_xdata())) for line in first.lines if len(line.get_xdata())}
-    assert at == {0, 4}
+    assert at == {0, 5}
+    assert [fp8figures.kind_of(f"up.0.attn1.{end}") for end in ("to_q", "to_out.0")] == ["attn1", "attn1.to_out"]
 
 
 def swept(layer, bf16, row, before):

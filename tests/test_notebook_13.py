@@ -10,8 +10,8 @@ PRODUCT = 2 * (1 / 16) ** 2 / 3  # the square of what two factors are off by, ea
 def test_13_counts_what_could_be_in_fp8_and_what_the_rule_takes(kept):
     seen = kept("13_fp8")
     assert seen["model"] == "pocket" and not seen["real"]
-    assert seen["shares"] == {"sdxl": pytest.approx(0.783, abs=0.002), "sd15": pytest.approx(0.677, abs=0.002),
-                              "pocket": pytest.approx(0.755, abs=0.002)}  # fmt: skip
+    assert seen["shares"] == {"sdxl": pytest.approx(0.817, abs=0.002), "sd15": pytest.approx(0.677, abs=0.002),
+                              "pocket": pytest.approx(0.768, abs=0.002)}  # fmt: skip
     assert seen["predicted_gain"] == pytest.approx(1 / (1 - seen["shares"]["sdxl"] / 2))
     assert seen["pays"]["pocket"] == 0, "its layers are small"
     assert 0.5 * seen["shares"]["sdxl"] < seen["pays"]["sdxl"] <= seen["shares"]["sdxl"]
@@ -49,7 +49,7 @@ def test_13_an_outlier_ruins_int8_and_not_e4m3_and_one_scale_is_ruined_by_a_row(
     assert row["e4m3, row"] == kept_up and row["e4m3, tensor"] > 0.99 and row["int8, row"] < 0.01
     assert seen["zeros_stay"]
     beyond, of, worst = seen["calibrated"]
-    assert of == 77 + 34 and 10 < beyond < of and 1.2 < worst < 5, "a first step does not say what comes"
+    assert of == 88 + 34 and 10 < beyond < of and 1.2 < worst < 5, "a first step does not say what comes"
     assert 0.1 < seen["reached"][0] <= seen["reached"][1] <= 1, "the bound from the weights holds"
     assert 0.005 < seen["of_images"][0] <= seen["of_images"][1] < 0.1, "a group norm's is the farther off"
 

@@ -17,14 +17,16 @@ POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 def of_each(places: list[tuple[nn.Module, ...]]) -> list[torch.Tensor]:
     """For what comes after each of `places`, a number that nothing there is beyond: float32, [].
 
-    A place: (a layer norm or group norm,) or (a layer norm, the linear layer between it and GEGLU). What is normalised has a norm
+    A place: (a layer norm or group norm,), (a layer norm, the linear layer between it and GEGLU), or (a layer norm, a linear layer
+    without a bias, the first of its outputs that are attention's values: their means are not beyond them). What is normalised has a norm
     of sqrt(n), in one number at most; for a group norm n is of an image of up to POSITIONS, and the bound holds for SiLU of it, too,
     and for a larger image unless one number in a group deviates by more than all the others together many times over. GEGLU's is
-    kernels/gated_bound's, up to what the weights' dtype rounds off, for which it is a hundredth larger.
+    kernels/gated_bound's, up to what the weights' dtype rounds off, for which it is a hundredth larger; so is that of values, but
+    a quarter larger, for their product may be one of numbers in e4m3, each off by up to a sixteenth.
     """
-    normed, gated = ([n for n, place in enumerate(places) if len(place) == size] for size in (1, 2))
+    normed, others = ([n for n, place in enumerate(places) if (len(place) == 1) == alone] for alone in (True, False))
     found = dict(zip(normed, _of_norms([places[n][0] for n in normed])))
-    found |= dict(zip(gated, _of_gated([places[n] for n in gated])))
+    found |= dict(zip(others, _of_products([places[n] for n in others])))
     return [found[n] for n in range(len(places))]
 
 
@@ -64,13 +66,14 @@ def _numbers(norm):
     return norm.num_channels // norm.num_groups * POSITIONS if isinstance(norm, nn.GroupNorm) else len(norm.weight)
 
 
-def _of_gated(pairs):
+def _of_products(places):
     parts = []
-    for norm, wide in pairs:
-        here = (wide.weight.is_cuda or launch.INTERPRETED) and wide.weight.dtype in launch.FLOATS and wide.weight.is_contiguous()
-        parts.append((gated_bound if here else _by_pytorch)(wide.weight, wide.bias, norm.weight, norm.bias))
-    return torch._foreach_mul(of_all(parts), 1.01) if parts else []
+    for norm, layer, *first in places:
+        weight = layer.weight[first[0] :] if first else layer.weight
+        here = (weight.is_cuda or launch.INTERPRETED) and weight.dtype in launch.FLOATS and weight.is_contiguous()
+        parts.append((gated_bound if here else _by_pytorch)(weight, layer.bias, norm.weight, norm.bias, not first))
+    return torch._foreach_mul(of_all(parts), [1.25 if len(place) == 3 else 1.01 for place in places]) if parts else []
 
 
-def _by_pytorch(*tensors):
-    return reference(*(None if tensor is None else tensor.float() for tensor in tensors))
+def _by_pytorch(weight, bias, gamma, beta, gated):
+    return reference(*(None if tensor is None else tensor.float() for tensor in (weight, bias, gamma, beta)), gated)

@@ -2,9 +2,9 @@
 
 A layer is taken where the kernel before it writes e4m3 at no further pass: a layer norm (query, key and value of a
 self-attention as one product, the query of a cross-attention, a feed-forward's first half), GEGLU (its second half), attention
-over the prompt (its output), or a group norm (the two 3x3 convolutions of a residual block). That is 17 of the 18 parts that the
-linear layers of a transformer block compute at every step; a self-attention's output, the projections around a model's blocks and
-the convolutions between blocks would need a pass of their own, and stay as they are. So does attention itself.
+(its output, of a self-attention where that is `self_attention`'s), or a group norm (the two 3x3 convolutions of a residual block).
+That is all that the linear layers of a transformer block compute at every step; the projections around a model's blocks and the
+convolutions between blocks would need a pass of their own, and stay as they are. So does attention itself.
 
 Products of linear layers are torch._scaled_mm's, but for a feed-forward's first half, which `linear_geglu` computes with the
 GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
@@ -12,8 +12,8 @@ GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
 picture depends on those before it. Some inputs have such a bound for a scale in either case, and the weights they meet one scale:
-what GEGLU gives, and attention over the prompt (of the values of a batch's prompts), for no program of `linear_geglu` or
-`prompt_attention` sees a whole row; a cross-attention's query, whose product by scales a row is no faster than in bfloat16; and a
+what GEGLU gives, and attention (over the prompt of the values of a batch's prompts, else of what a layer norm and the values'
+weights can give), for no program of `linear_geglu`, `prompt_attention` or `self_attention` sees a whole row; a cross-attention's query, whose product by scales a row is no faster than in bfloat16; and a
 convolution's, which sums positions that must then have one. That the bound is tens or hundreds of times what is common costs
 little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
 
@@ -38,7 +38,7 @@ from torch import nn
 
 from sdopt.engine import bounds, plain
 from sdopt.errors import UserError, first_line
-from sdopt.kernels import launch
+from sdopt.kernels import launch, self_attention
 from sdopt.kernels.conv_float8 import conv_float8, flat
 from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.to_float8 import CAPABILITY, E4M3, Scaled, to_float8
@@ -111,14 +111,14 @@ class Layer:
     """What stands for linear layers of one input, `parts`, in e4m3: called with a `Scaled` input, the outputs in a row.
 
     `takes`: the scales its input has to come with, as the kernels take them: "row", or one for all. `after`: what a bound of its
-    input follows from, a layer norm or that and a gated layer; both None where only what is before it can tell. `whole`: input and
-    weights have one scale even where the others have a scale a row.
+    input follows from, a place of `bounds.of_each`; both None where only what is before it can tell. `whole`: input and weights
+    have one scale even where the others have a scale a row. `every`: it is taken whatever it gains.
     """
 
     used = False
 
     def __init__(self, parts, after, rounding, whole=False):
-        self.parts, self.after, self._all = parts, after, rounding.filter == "all"
+        self.parts, self.after, self.every = parts, after, rounding.filter == "all"
         self.sizes, device = [part.out_features for part in parts], parts[0].weight.device
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
         self.by_row = rounding.scales == "row" and not whole
@@ -139,7 +139,7 @@ class Layer:
 
     def pays(self, rows: int) -> bool:
         """Whether it is worth it for so many rows."""
-        return self._all or pays(rows, *self.weight.values.T.shape, "row" if self.by_row else "tensor")
+        return self.every or pays(rows, *self.weight.values.T.shape, "row" if self.by_row else "tensor")
 
     def round(self):
         """Write the weights as they are now in e4m3; by the one scale, where they have one."""
@@ -157,7 +157,7 @@ class Convolution:
     used, by_row, bounded = False, True, True
 
     def __init__(self, conv, norm, rounding):
-        self.conv, self.after, self._all = conv, (norm,), rounding.filter == "all"
+        self.conv, self.after, self.every = conv, (norm,), rounding.filter == "all"
         new = lambda *shape, dtype=torch.float32: torch.empty(shape, device=conv.weight.device, dtype=dtype)
         outputs = conv.out_channels
         self.weight, self.takes = Scaled(new(outputs, 9 * conv.in_channels, dtype=E4M3), new(outputs, 1)), new()
@@ -170,7 +170,7 @@ class Convolution:
         """Whether it is worth it for so many positions."""
         outputs, inputs = self.weight.values.shape
         fast = rows * inputs * outputs >= FEWEST_OF_CONVOLUTION and launch.fetches_tiles(self.weight.values.device)
-        return self._all or fast
+        return self.every or fast
 
     def round(self):
         """Write the weights as they are now in e4m3."""
@@ -216,18 +216,21 @@ def layers(blocks, rounding: Rounding | None, resnets=()) -> dict[nn.Module, Lay
         wide, narrow = block.ff.net[0].proj, block.ff.net[2]
         bounded = plain.is_stock(_merged(wide), kind=nn.Linear)  # GEGLU, by weights alone
         cross = plain.attention(block.attn2)
+        seen = _values(block.attn1, rounding)
         places = {
             block.attn1: (_projections(block.attn1), (block.norm1,)),
             block.attn2: ([block.attn2.to_q] if cross else [], (block.norm2,)),  # by row no faster than in bfloat16
             block.attn2.to_out[0]: ([block.attn2.to_out[0]] if cross else [], None),
             wide: ([wide], (block.norm3,)),
             narrow: ([narrow] if bounded or rounding.scales == "row" else [], (block.norm3, _merged(wide))),
+            block.attn1.to_out[0]: ([block.attn1.to_out[0]] if seen else [], (block.norm1, *seen)),
         }
         for place, (parts, after) in places.items():
             parts = [_merged(part) for part in parts]
             if parts and all(map(_fits, parts)) and (len(parts) == 1 or all(part.bias is None for part in parts)):
-                whole = place is narrow and wide in found and found[wide].can_gate or place is block.attn2 or not after
-                found[place] = Layer(parts, after, rounding, whole)
+                gated = place is narrow and wide in found and found[wide].can_gate
+                attended = place in (block.attn2, block.attn1.to_out[0]) or not after
+                found[place] = Layer(parts, after, rounding, gated or attended)
     return found
 
 
@@ -235,6 +238,16 @@ def _projections(attn):
     if not plain.attention(attn):
         return []
     return [attn.to_qkv] if type(attn.processor) is FusedAttnProcessor2_0 else [attn.to_q, attn.to_k, attn.to_v]
+
+
+def _values(attn, rounding):
+    """(linear layer, the first of its outputs) that give self-attention `attn` its values; () where `self_attention` is not for it."""
+    parts, widths = _projections(attn), self_attention.WIDTHS if rounding.filter == "all" else (self_attention.FAST,)
+    if not parts or attn.inner_dim // attn.heads not in widths:
+        return ()
+    last = _merged(parts[-1])
+    known = plain.is_stock(last, kind=nn.Linear) and last.bias is None
+    return (last, 0 if len(parts) == 3 else 2 * attn.inner_dim) if known else ()
 
 
 def _merged(part):

@@ -24,7 +24,7 @@ from sdopt.kernels.linear_geglu import linear_geglu
 from sdopt.kernels.linear_geglu import suits as suits_joined
 from sdopt.kernels.prompt_attention import fits, prompt_attention
 from sdopt.kernels.self_attention import fits as fast
-from sdopt.kernels.self_attention import self_attention
+from sdopt.kernels.self_attention import self_attention, takes
 from sdopt.kernels.softmax import softmax
 
 SCORES = 2**26  # of attention at once: 256 MiB in float32
@@ -143,8 +143,9 @@ def _attended(attn, x, text, rounded=None):
         return attn(x, encoder_hidden_states=text)
     qkv = _joined(attn, x, rounded) if text is None else None
     if qkv is not None:
-        if fast(qkv, attn.heads):
-            return attn.to_out[0](self_attention(qkv, attn.heads))
+        out = once.rounded(attn.to_out[0], qkv.shape[:-1].numel())
+        if fast(qkv, attn.heads) or out and out.every and takes(qkv, attn.heads):
+            return (out or attn.to_out[0])(self_attention(qkv, attn.heads, out and out.takes))
         q, k, v = qkv.chunk(3, dim=-1)
     else:
         q = (rounded or attn.to_q)(x)

@@ -1,4 +1,4 @@
-"""A number that GEGLU of a layer norm's linear layer is not beyond, whatever is normalised, from the weights alone.
+"""A number that a layer norm's linear layer, or GEGLU of it, is not beyond, whatever is normalised, from the weights alone.
 
     x = n * gamma + beta,  |n| = sqrt(inputs) at most                          (a layer norm's output)
     z_i = w_i . x + b_i,   |z_i| <= |w_i * gamma| * sqrt(inputs) + |w_i . beta + b_i|      (Cauchy and Schwarz)
@@ -20,17 +20,20 @@ NAME = "gated_bound"
 LONGEST = 16384  # inputs that a program can hold
 
 
-def gated_bound(weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def gated_bound(
+    weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Tensor, beta: torch.Tensor, gated: bool = True
+) -> torch.Tensor:
     """The bounds of some outputs each, float32 [programs]: the largest of them is that of all.
 
     `weight`: [2n, inputs], values first, contiguous; `bias`: [2n] or None; `gamma`, `beta`: [inputs], the layer norm's weight
-    and bias; float32, float16 or bfloat16. Raises UserError for other shapes, layouts or dtypes. Introduced in
-    notebooks/13_fp8.
+    and bias; float32, float16 or bfloat16. Of a layer that is not `gated`, `weight` is [n, inputs], and the bound is its own.
+    Raises UserError for other shapes, layouts or dtypes. Introduced in notebooks/13_fp8.
     """
     launch.check(NAME, weight, bias=bias, gamma=gamma, beta=beta)
-    outputs, inputs = weight.shape[0] // 2, weight.shape[-1]
-    launch.check_shape(NAME, "weight", weight, (2 * outputs, inputs))
-    launch.check_shape(NAME, "bias", bias, (2 * outputs,))
+    halves = 2 if gated else 1
+    outputs, inputs = weight.shape[0] // halves, weight.shape[-1]
+    launch.check_shape(NAME, "weight", weight, (halves * outputs, inputs))
+    launch.check_shape(NAME, "bias", bias, (halves * outputs,))
     for name, tensor in (("gamma", gamma), ("beta", beta)):
         launch.check_shape(NAME, name, tensor, (inputs,))
     if not 0 < inputs <= LONGEST or not outputs:
@@ -41,17 +44,17 @@ def gated_bound(weight: torch.Tensor, bias: torch.Tensor | None, gamma: torch.Te
     launch.start(
         _gated_bound,
         (len(out),),
-        *(weight, weight if bias is None else bias, gamma, beta, out, outputs, inputs, tall, wide, bias is not None),
+        *(weight, weight if bias is None else bias, gamma, beta, out, outputs, inputs, tall, wide, bias is not None, gated),
         num_warps=4 if wide * tall <= 4096 else 8,
     )
     return out
 
 
-def reference(weight, bias, gamma, beta):
+def reference(weight, bias, gamma, beta, gated=True):
     """The largest of what `gated_bound` computes, by PyTorch, in the dtype of its arguments."""
     spread = torch.linalg.vector_norm(weight * gamma, dim=1) * len(gamma) ** 0.5
-    values, gates = (spread + (weight @ beta + (0 if bias is None else bias)).abs()).chunk(2)
-    return (values * gates).max()
+    values = spread + (weight @ beta + (0 if bias is None else bias)).abs()
+    return values.view(2, -1).prod(0).max() if gated else values.max()
 
 
 def bytes_moved(weight: torch.Tensor, *_) -> int:
@@ -71,12 +74,14 @@ def _bound(weight, bias, row, column, gamma, beta, here, inside, inputs, BIASED:
 
 @triton.jit
 def _gated_bound(
-    weight, bias, gamma, beta, out, outputs, inputs, TALL: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr
+    weight, bias, gamma, beta, out, outputs, inputs,
+    TALL: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.arange(0, WIDE)
     here, real = row < outputs, column < inputs
     inside = here[:, None] & real[None, :]
     by, to = tl.load(gamma + column, real, 0.0).to(tl.float32), tl.load(beta + column, real, 0.0).to(tl.float32)
     values = _bound(weight, bias, row, column, by, to, here, inside, inputs, BIASED)
-    gates = _bound(weight, bias, row + outputs, column, by, to, here, inside, inputs, BIASED)
-    tl.store(out + tl.program_id(0), tl.max(values * gates, 0))
+    if GATED:
+        values *= _bound(weight, bias, row + outputs, column, by, to, here, inside, inputs, BIASED)
+    tl.store(out + tl.program_id(0), tl.max(values, 0))

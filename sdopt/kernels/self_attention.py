@@ -67,9 +67,13 @@ def self_attention(qkv: torch.Tensor, heads: int, scale: torch.Tensor | None = N
 def fits(qkv: torch.Tensor, heads: int) -> bool:
     """Whether it takes `qkv`, in 16 bits, and is faster there than a library's attention."""
     batch, tokens, joined = qkv.shape
+    return joined == 3 * heads * FAST and 0 < batch * tokens * heads <= FEW and takes(qkv, heads)
+
+
+def takes(qkv: torch.Tensor, heads: int) -> bool:
+    """Whether it takes `qkv`, in 16 bits, and is made for the GPU."""
     return (
-        joined == 3 * heads * FAST
-        and 0 < batch * tokens * heads <= FEW
+        qkv.shape[-1] in (3 * heads * width for width in WIDTHS)
         and qkv.itemsize == 2
         and qkv.is_contiguous()
         and qkv.data_ptr() % launch.ALIGNED == 0
