@@ -14,7 +14,7 @@ from PIL import Image
 from sdopt import results
 from sdopt.errors import UserError
 from sdopt.guidance import guided_steps
-from sdopt.models import MODELS
+from sdopt.models import model
 from sdopt.path import NUMBERS
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by lightness.
@@ -78,7 +78,7 @@ def seconds(value):
 def described(result):
     """One line on what a path result measured and where, naming random weights as such."""
     s, e = result["settings"], result["environment"]
-    where, name = e["gpu"] or e["cpu"], MODELS[s["model"]].title
+    where, name = e["gpu"] or e["cpu"], model(s["model"]).title
     weights = ", random weights (times are real, pictures are noise)" if s["weights"] == "random" else ""
     batches = {row["settings"].get("batch", s["batch"]) for row in result["rows"]} or {s["batch"]}
     batch = " to ".join(dict.fromkeys(map(str, (min(batches), max(batches)))))

@@ -116,6 +116,8 @@ def prepare(pipe, ids, **options):
     o = Options(**options)
     if not isinstance(o.steps, Integral) or o.steps < 1:
         raise UserError(f"{o.steps} steps draw no picture: use 1 or more, a whole number")
+    if not isinstance(o.compiler, dict):
+        raise UserError(f"compiler is {o.compiler!r}: give the keywords of compile_pipeline as a dict")
     applied = getattr(pipe, "_sdopt_steps", ())
     new = [i for i in ORDER if i in ids and i not in applied]
     for i in new:

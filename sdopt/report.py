@@ -25,7 +25,7 @@ from sdopt import (
     timefigures,
 )
 from sdopt.errors import UserError
-from sdopt.models import MODELS
+from sdopt.models import model
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", "throughput", *gridtables.KINDS)
@@ -247,5 +247,5 @@ def _figure(result, drawn):
 def _whole(result, drawn):
     """A heading, how to read it, the table and the figure of a study."""
     title, words = gridtables.WORDS[gridtables.kind(result)]
-    title = f"{tables.first_upper(MODELS[result['settings']['model']].title)}: {title}"
+    title = f"{tables.first_upper(model(result['settings']['model']).title)}: {title}"
     return f"#### {title}\n\n{words}\n\n{tables.markdown(result)}\n\n![{title}]({drawn})\n"

@@ -180,8 +180,10 @@ def stages(pipe, call: Callable[[], object], calls: int = 1) -> dict:
     Returns {"text_encoder", "unet", "unet_calls", "scheduler", "vae"}, VAE encoding included. On a GPU the times are
     between CUDA events, so a stage that waits for the CPU to launch its kernels is charged for the wait, or for a pause
     in which Python collects its garbage; there, give it STAGE_CALLS calls beside the timed ones. A compiled module is
-    timed from outside and not compiled again. Introduced in notebooks/00_measure_first.
+    timed from outside and not compiled again. Raises UserError for no calls. Introduced in notebooks/00_measure_first.
     """
+    if calls < 1:
+        raise UserError(f"{calls} calls take no time: use 1 or more")
     seen = [_stages_of_one(pipe, call) for _ in range(calls)]
     return {stage: statistics.median(ms[stage] for ms in seen) for stage in seen[0]}
 

@@ -58,9 +58,11 @@ def explorer(pictures: dict, names=("steps", "cutoff"), captions: dict | None = 
     """A slider for each of two settings, and the picture drawn with them.
 
     `pictures`: {(first, second): PIL image}, every combination of its values; `captions` may say more of each. The
-    still picture is the whole grid. Raises UserError when a combination is missing. Introduced in
+    still picture is the whole grid. Raises UserError when a combination is missing, or all are. Introduced in
     notebooks/09_cfg_cutoff.
     """
+    if not pictures:
+        raise UserError("there are no pictures to explore: draw some first")
     values = [sorted({key[axis] for key in pictures}) for axis in (0, 1)]
     for key in ((a, b) for a in values[0] for b in values[1]):
         if key not in pictures:

@@ -77,6 +77,7 @@ def test_bad_input_is_refused_before_anything_changes(pocket):
     for ids, options, words in (
         (["fp8"], {}, "unknown step 'fp8'"),
         (["bf16"], {"speed": 9}, "unknown option 'speed'"),
+        (["bf16"], {"compiler": None}, "compiler is None: give the keywords"),
         (["dpm_20"], {"steps": 12.5}, "12.5 steps draw no picture"),
         (["bf16", "cfg_cutoff"], {"cutoff": 1.5}, "outside"),
         (["bf16", "dpm_20"], {"steps": 0}, "use 1 or more"),

@@ -74,6 +74,8 @@ def test_one_call_with_a_pause_in_it_does_not_show_in_the_stages(sdxl):
 def test_stages_are_restored_when_the_call_fails(sdxl):
     with pytest.raises(ZeroDivisionError):
         stages(sdxl, lambda: 1 / 0)
+    with pytest.raises(UserError, match="0 calls take no time"):
+        stages(sdxl, lambda: 1 / 0, calls=0)
     assert "decode" not in vars(sdxl.vae) and sdxl.unet._compiled_call_impl is None
 
 
@@ -103,7 +105,10 @@ def test_calls_take_turns_and_are_timed_apart():
     short, long = in_turns([nap("a", 0.002), nap("b", 0.02)], "cpu", rounds=3, repeats=2)
     assert 0.002 <= short < 0.02 <= long
     assert made == ["a", "a", "b", "b"] * 5, "two rounds more warm up"
-    assert in_turns([lambda: None], "cpu", rounds=3, pick=max) >= in_turns([lambda: None], "cpu", rounds=3, pick=min)
+    for pick, one in ((max, 0.06), (min, 0.002)):
+        naps = iter([0, 0, 0.06, 0.002, 0.03])
+        (seconds,) = in_turns([lambda: time.sleep(next(naps))], "cpu", rounds=3, pick=pick)
+        assert one <= seconds < one + 0.028
 
 
 def test_the_share_of_some_parts_is_between_none_and_all():

@@ -43,3 +43,5 @@ def test_the_explorer_shows_the_picture_of_its_sliders():
     del pictures[5, 0.5]
     with pytest.raises(UserError, match="no picture for steps 5 and cutoff 0.5"):
         widgets.explorer(pictures)
+    with pytest.raises(UserError, match="draw some first"):
+        widgets.explorer({})

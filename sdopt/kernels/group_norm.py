@@ -120,7 +120,7 @@ def group_norm(
     )
     launch.start(
         _apply,
-        (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall), strips, batch),
+        (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall) * strips, batch),
         *(*images, values, of_all, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds, beside is not None),
         num_warps=4,
     )
@@ -272,8 +272,9 @@ def _apply(
     x, beside, split, out, of_all, scales, offsets, rows, width, channels,
     TALL: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, BORDERED: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    strip, batch = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
+    # from the end; and the strips of some positions after one another: together they are whole rows of memory
+    n, strips = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(channels, WIDE)
+    tile, strip, batch = (n // strips).to(tl.int64), n % strips, tl.num_programs(1) - 1 - tl.program_id(1)
     position, channel = tile * TALL + tl.arange(0, TALL), strip * WIDE + tl.arange(0, WIDE)
     real = channel < channels
     scale = tl.load(scales + batch * channels + channel, real, 0.0)
