@@ -97,3 +97,12 @@ def test_a_convolution_gives_what_the_engines_does(unet):
     theirs = conv_float8.reference(image, weight) + conv.bias.double()[:, None, None]
     off = lambda y: ((y - theirs).square().mean() / theirs.square().mean()).sqrt()
     assert off(ours) < 2**-8 and off(plain) > 4 * off(ours)
+
+
+def test_blocks_that_the_engine_leaves_alone_are_left_alone(unet):
+    """Such as those whose first attention is over the prompt, too: no layer norm says what its values are."""
+    for block in blocks(unet)[1:]:
+        block.only_cross_attention = True
+    linears = lambda layers: [name for name, part in layers.items() if type(part) is torch.nn.Linear]
+    with emulated(unet) as layers:
+        assert len(linears(layers)) == 8, "of the first block: query, key and value, two outputs, a query, two halves"

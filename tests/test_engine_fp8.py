@@ -13,7 +13,7 @@ from tiny import psnr
 from sdopt import engine, guidance, models, precision
 from sdopt.engine import bounds, fp8
 from sdopt.errors import UserError
-from sdopt.kernels import conv_float8, launch, linear_geglu, to_float8
+from sdopt.kernels import conv_float8, launch, linear_geglu, self_attention, to_float8
 
 EVERY = {"precision": "fp8", "filter": "all"}
 BLOCKS = 8  # of the tiny UNet: 2 of each of its 4 transformers
@@ -153,6 +153,21 @@ def test_few_rows_may_not_be_worth_it_where_many_are(rounding, captured, monkeyp
     engine.restore(rounding)
     assert np.abs(ours - few).max() > 1e-3
     assert np.array_equal(ours, small(engine.prepare(rounding), height=8, width=8))
+
+
+@pytest.mark.parametrize(("width", "kinds"), [(16, 4), (64, 3)], ids=["heads of its width", "others"])
+def test_what_self_attention_gives_is_rounded_where_it_attends(rounding, monkeypatch, width, kinds):
+    """By the measured rule: what has one scale is taken, and that it gains only where our kernel attends."""
+    eager = small(rounding)
+    monkeypatch.setattr(self_attention, "FAST", width)
+    monkeypatch.setattr(fp8, "FEWEST", {"row": 2**40, "tensor": 1})
+    engine.prepare(rounding, precision="fp8")
+    ours = small(rounding)
+    held = rounding.unet.forward.held
+    outputs = [part.to_out[0] for name, part in rounding.unet.named_modules() if name.endswith("attn1")]
+    assert [layer in held.rounded for layer in outputs] == [width == 16] * BLOCKS
+    assert engine.fp8_layers(rounding) == kinds * BLOCKS, "cross-attentions' queries, and outputs, and second halves"
+    assert close(ours, eager)
 
 
 def test_the_first_picture_may_be_drawn_in_inference_mode(rounding):

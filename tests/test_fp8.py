@@ -141,7 +141,7 @@ def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
     wide.bias = None
     for first in (0, 60):
         farthest = wide(norm(100 * directions))[:, first:].abs().max()
-        assert 0.7 * of_values_after(norm, wide, first) < farthest <= of_values_after(norm, wide, first)
+        assert 0.5 * of_values_after(norm, wide, first) < farthest <= of_values_after(norm, wide, first)
 
 
 @pytest.mark.parametrize("scales", fp8.SCALES)
@@ -172,7 +172,7 @@ def bound_by_hand(norm, layer=None, first=None):
     if layer is not None:
         tensors = (layer.weight[first or 0 :], layer.bias, norm.weight, norm.bias)
         double = (None if tensor is None else tensor.double() for tensor in tensors)
-        return (1.01 if first is None else 1.25) * gated_bound.reference(*double, gated=first is None).item()
+        return 1.25 ** (2 if first is None else 1) * gated_bound.reference(*double, gated=first is None).item()
     numbers = norm.num_channels // norm.num_groups * 128 * 128 if isinstance(norm, nn.GroupNorm) else len(norm.weight)
     return (norm.weight.double().abs() * numbers**0.5 + norm.bias.double().abs()).max().item()
 
@@ -327,7 +327,21 @@ def test_a_first_half_without_a_bias_is_gated_apart(device):
             assert (call() - plain).abs().max() < 0.1 * plain.abs().max()
 
 
+@torch.no_grad()
+def test_values_of_rounded_numbers_are_not_beyond_their_bound():
+    """Of weights and a norm that cancel each other, but for what rounding moves all one way."""
+    inputs, halves = 640, torch.tensor([1.07, 1.055]).repeat_interleave(320)
+    norm, to_v = nn.LayerNorm(inputs), nn.Linear(inputs, 32, bias=False)
+    norm.bias.copy_(halves), norm.weight.fill_(0.01)
+    to_v.weight.copy_(torch.tensor([1.0, -1.07 / 1.055]).repeat_interleave(320) * 1.07 / inputs)
+    x, weight = (to_float8.reference(t) for t in (norm(torch.randn(16, inputs)), to_v.weight))
+    values = (x.values.float() * x.scale) @ (weight.values.float() * weight.scale).T
+    assert values.abs().max() > 4 * to_v(norm(torch.randn(16, inputs))).abs().max(), "it has to matter"
+    assert values.abs().max() < of_values_after(norm, to_v)
+
+
 def test_an_output_of_attention_is_not_beyond_the_largest_value():
+    torch.manual_seed(0)
     q, v = torch.randn(2, 5, 8), torch.randn(2, 1, 8)  # a single key: nothing else to look at
     seen = prompt_attention.reference(q, torch.randn(2, 1, 8), v, 2)
     assert torch.equal(bounds.of_values(v) * 448, v.abs().max()) and seen.abs().max() == v.abs().max()

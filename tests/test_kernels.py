@@ -258,13 +258,17 @@ def test_self_attention(device, dtype, batch, tokens, heads, width):
     assert off(ours) <= 1.1 * off(self_attention.reference(qkv, heads)) + step + 1e-6 * exact.abs().sum()
 
 
-def test_self_attention_is_for_few_queries_of_its_width_in_16_bits():
+def test_self_attention_is_for_few_queries_of_its_width_in_16_bits(monkeypatch):
     new = lambda batch, tokens, joined, dtype=torch.half: torch.empty(batch, tokens, joined, dtype=dtype)
     sdxl = [new(1, 1024, 3840), new(2, 1024, 3840), new(1, 4096, 1920), new(2, 4096, 1920)]
     assert [self_attention.fits(qkv, qkv.shape[-1] // 192) for qkv in sdxl] == [True, True, True, False]
     assert not self_attention.fits(new(1, 4096, 3 * 320), 8), "heads of 40"
     assert not self_attention.fits(new(1, 16, 192, torch.float), 1)
     assert not self_attention.fits(new(1, 16, 384)[..., :192], 1) and self_attention.fits(new(1, 16, 192), 1)
+    assert not self_attention.takes(new(1, 1, 1 + 16 * 192).flatten()[1:].view(1, 16, 192), 1), "moved by two bytes"
+    assert not self_attention.takes(new(1, 16, 192, torch.int16), 1)
+    monkeypatch.setattr(self_attention.launch, "fetches_tiles", lambda device: False)
+    assert not self_attention.takes(new(1, 16, 192), 1), "an older GPU"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -341,6 +345,7 @@ WRONG = {
     "no three": (lambda: self_attention.self_attention(torch.ones(1, 4, 64), 1), "not .batch, tokens, 3 . 1 heads of 16, 32"),
     "no head": (lambda: self_attention.self_attention(torch.ones(1, 4, 48), 0), "3 . 0 heads"),
     "three tensors": (lambda: self_attention.self_attention(torch.ones(4, 48), 1), "4, 48. is not"),
+    "scales a row": (lambda: self_attention.self_attention(torch.ones(1, 4, 48), 1, "row"), "finds no scales of its own, as 'row'"),
     "moved": (lambda: self_attention.self_attention(torch.ones(1 + 192)[1:].view(1, 4, 48), 1), "multiple of 16 bytes"),
     "two dtypes": (
         lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),

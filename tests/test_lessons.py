@@ -58,6 +58,15 @@ def test_fused_kernels_stand_beside_what_they_replace(monkeypatch):
         assert set(row["seconds"]) == {"ours", "eager", "compiled", "copy"} | more and min(row["seconds"].values()) > 0
 
 
+def test_the_doubling_is_timed_with_its_weights_folded(monkeypatch):
+    """As the engine keeps them: once a picture, and not at every call."""
+    x, weight, bias, quarters = fusions._arguments(upsample_conv, (1, 4, 2, 3), "cpu", torch.float32)
+    assert torch.equal(quarters, upsample_conv.folded(weight))
+    theirs = upsample_conv.reference(x, weight, bias, quarters)
+    monkeypatch.setattr(upsample_conv, "folded", None)
+    assert (upsample_conv.upsample_conv(x, weight, bias, quarters) - theirs).abs().max() < 1e-5
+
+
 def test_the_tradeoff_draws_what_its_rows_say():
     told = []
     variants = (lessons.Variant("euler", 3), lessons.Variant("dpm", 4, 0.0), lessons.Variant("dpm", 4, 0.5, "tiny"))

@@ -17,7 +17,8 @@ weights can give), for no program of `linear_geglu`, `prompt_attention` or `self
 convolution's, which sums positions that must then have one. That the bound is tens or hundreds of times what is common costs
 little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
 
-The convolutions and the gated first half are for Hopper: on other GPUs they stay as they are, or are gated apart.
+The convolutions, the gated first half and `self_attention` are for Hopper: on other GPUs they stay as they are, or are gated
+apart.
 
 What torch._scaled_mm takes (PyTorch 2.11, aten/src/ATen/native/cuda/ScaledBlas.cpp): [M, K] row-major by [K, N] column-major,
 K and N multiples of 16, M any; float32 scales, either [M, 1] and [1, N], a scale a row and an output, or one number each, and no
@@ -25,7 +26,7 @@ mix of the two; a bias in the result's dtype. Both are cuBLAS's on compute capab
 scales a row are a CUTLASS kernel's, which copies them first when M is no multiple of 256. With `use_fast_accum` a tensor core's
 own sums, of fewer bits than float32, run through a whole product; without, they are added up in float32 on the way.
 
-Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (for SDXL 1.7 GB of linear layers and
+Memory: a byte a weight beside the bfloat16 ones, which stay for whoever changes them (for SDXL 1.8 GB of linear layers and
 0.3 GB of convolutions, less 0.6 GB of joined projections that this spares).
 """
 
@@ -196,8 +197,9 @@ def _put(scales, largest):
 
 
 def every_layer(unet: nn.Module, scales: str) -> dict[nn.Module, Layer | Convolution]:
-    """The `layers` of a whole UNet, whatever they gain. Raises UserError for other scales."""
+    """The `layers` of a whole UNet, of blocks that the engine computes, whatever they gain. Raises UserError for other scales."""
     blocks = [block for part in unet.modules() for block in getattr(part, "transformer_blocks", ())]
+    blocks = [block for block in blocks if plain.transformer_block(block)]
     resnets = [part for part in unet.modules() if type(part) is ResnetBlock2D and plain.resnet(part)]
     return layers(blocks, asked("fp8", scales, "all"), resnets)
 
@@ -246,7 +248,7 @@ def _values(attn, rounding):
     if not parts or attn.inner_dim // attn.heads not in widths:
         return ()
     last = _merged(parts[-1])
-    known = plain.is_stock(last, kind=nn.Linear) and last.bias is None
+    known = plain.is_stock(last, kind=nn.Linear) and last.bias is None and launch.fetches_tiles(last.weight.device)
     return (last, 0 if len(parts) == 3 else 2 * attn.inner_dim) if known else ()
 
 

@@ -3,10 +3,9 @@
     out = softmax(q @ k.T / sqrt(d)) @ v,  head by head, d numbers a head
 
 A program keeps a tile of queries and walks over the keys with a running maximum and sum, as in notebook 3. What is its own is
-the size of its tiles. A library's are made for long sequences: of 128 queries or more, which for the 20 heads of SDXL's 1024
-positions makes 160 of them, where an H200 has 132 multiprocessors. 28 work a second round, and the others wait. Here a tile has 64
-queries and few enough warps for several programs a multiprocessor: while one is at its powers of two, another has the tensor
-cores. Once there are many tiles a multiprocessor, a library's are faster: see `fits`.
+the size of its tiles, which are for few positions: 64 queries, so that there are enough of them for a large GPU, and few enough
+warps for several programs a multiprocessor. While one is at its powers of two, another has the tensor cores. Once there are many
+tiles a multiprocessor, a library's kernels are faster: see `fits`; the study `kernels` times both.
 
 Operations: 4 * batch * tokens**2 * heads * d, on tensor cores. Bytes: three numbers read and one written a position and channel;
 keys and values are read again for each tile of queries, from the GPU's cache. What comes out is a mean of values, and can be
@@ -28,7 +27,7 @@ NAME = "self_attention"
 QUERIES, KEYS = 64, 128  # of a tile
 WIDTHS = (16, 32, 64, 128)  # numbers of a head: a tile's row, fetched as it lies
 FAST = 64  # numbers of a head that its tiles are for
-FEW = 2**16  # queries, over all heads and samples: with more of them a library's large tiles are no longer waited for
+FEW = 2**16  # queries, over all heads and samples, up to which it was the faster one at SDXL's sizes: tried on an H200
 
 
 def self_attention(qkv: torch.Tensor, heads: int, scale: torch.Tensor | None = None) -> torch.Tensor | Scaled:
@@ -44,6 +43,7 @@ def self_attention(qkv: torch.Tensor, heads: int, scale: torch.Tensor | None = N
     width = joined // (3 * heads) if heads > 0 and joined % (3 * heads) == 0 else 0
     if width not in WIDTHS:
         raise UserError(f"{NAME}: {list(qkv.shape)} is not [batch, tokens, 3 * {heads} heads of {', '.join(map(str, WIDTHS))}]")
+    launch.check_scale(NAME, scale)
     if qkv.data_ptr() % launch.ALIGNED:
         raise UserError(f"{NAME}: the input does not begin at a multiple of {launch.ALIGNED} bytes")
     shape = (batch, tokens, heads * width)
@@ -74,7 +74,7 @@ def takes(qkv: torch.Tensor, heads: int) -> bool:
     """Whether it takes `qkv`, in 16 bits, and is made for the GPU."""
     return (
         qkv.shape[-1] in (3 * heads * width for width in WIDTHS)
-        and qkv.itemsize == 2
+        and qkv.dtype in (torch.float16, torch.bfloat16)
         and qkv.is_contiguous()
         and qkv.data_ptr() % launch.ALIGNED == 0
         and launch.fetches_tiles(qkv.device)
