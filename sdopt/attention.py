@@ -159,7 +159,10 @@ def fuse_qkv(pipe):
     if is_fused(pipe.unet):
         return pipe
     if _has_unfused_lora(pipe.unet):
-        raise UserError("the LoRA is not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() before fuse_qkv")
+        raise UserError(
+            "the LoRA is not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() before fuse_qkv, "
+            "or the second alone to draw without it"
+        )
     if any(type(part.weight.data) is not torch.Tensor for part in pipe.unet.modules() if isinstance(part, Linear)):
         raise UserError("quantised projections cannot be fused: load the pipeline again and fuse before int8")
     _models(pipe)

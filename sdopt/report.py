@@ -202,7 +202,10 @@ def _of_quality(path, result):
 
 
 def _page(old, page, data):
-    return _renewed(old.decode(), page, data).encode()
+    """The page with its blocks renewed; lines end as they did: git may check a page out with CR and LF."""
+    words = old.decode()
+    ending = "\r\n" if "\r\n" in words else "\n"
+    return _renewed(words.replace("\r\n", "\n"), page, data).replace("\n", ending).encode()
 
 
 def _notebook(old, page, data):

@@ -82,6 +82,15 @@ def write_notebook(root, *sources):
     return path
 
 
+def test_a_page_keeps_the_ends_of_its_lines(checkout):
+    page = checkout / "README.md"
+    made = page.read_bytes()
+    page.write_bytes(made.replace(b"\n", b"\r\n"))
+    assert report.renew(checkout) == []
+    page.write_bytes(README.replace("\n", "\r\n").encode())
+    assert report.renew(checkout) == [page] and page.read_bytes() == made.replace(b"\n", b"\r\n")
+
+
 def test_renewing_once_leaves_nothing_stale(data):
     written = [path.name for path in report.renew(data)]
     assert written == [*FIGURES, "README.md"]
