@@ -28,6 +28,7 @@ FUSED = {  # how the kernels of each are called, or on a CPU its operator
     "cudnn": r"cudnn.*(sdpa|attention)",
     "flash": r"^(?!.*cudnn).*(flash_fwd|FlashAttnFwd|scaled_dot_product_flash_attention)",
     "efficient": r"fmha_cutlass|scaled_dot_product_efficient_attention",
+    "ours": r"^_(self|prompt)_attention$",  # the engine's
 }
 
 
@@ -131,7 +132,7 @@ def _missing(error):
 
 
 def attended_by(call: Callable[[], object]) -> list[str]:
-    """Run `call()` under PyTorch's profiler; returns whose attention kernels ran, sorted, out of BACKENDS.
+    """Run `call()` under PyTorch's profiler; returns whose attention kernels ran, sorted: of BACKENDS, and "ours".
 
     Told by the kernels' names, which are there in CUDA graphs and compiled code too, where no operator is left to ask;
     on a CPU by the operators. "math" where no fused kernel ran: scores in memory, by a formula or by SDPA's own.

@@ -156,6 +156,8 @@ def test_who_attended_is_told_by_what_ran(sdxl):
         ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64>>", "flash"),
         ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::Collective>>>", "flash"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "efficient"),
+        ("_self_attention", "ours"),
+        ("_prompt_attention", "ours"),
         ("void at::native::(anonymous namespace)::softmax_warp_forward<float>", None),
     ],
 )

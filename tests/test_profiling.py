@@ -71,6 +71,7 @@ def test_a_gpu_that_seems_to_do_nothing_was_not_seen(seen, monkeypatch):
         ("_linear_geglu", "matrix product"),
         ("_conv", "convolution"),
         ("_prompt_attention", "attention"),
+        ("_self_attention", "attention"),
         ("_add_layer_norm", "other"),
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix product"),
         ("ampere_sgemm_128x64_tn", "matrix product"),
