@@ -90,7 +90,7 @@ def _arguments(kernel, shape, device, dtype):
         return new(*shape), new(*shape), new(shape[1]), new(shape[1])
     if kernel is upsample_conv:
         weight = new(shape[1], shape[1], 3, 3).to(memory_format=torch.channels_last)
-        return image(), weight, new(shape[1]), upsample_conv.folded(weight)  # which is done once, as weights are loaded
+        return image(), weight, new(shape[1]), upsample_conv.folded(weight)  # once a picture, in the engine
     if kernel is prompt_attention:
         samples, _, channels = shape
         return new(*shape), *(new(samples, 77, channels) for _ in "kv"), max(1, channels // 64)

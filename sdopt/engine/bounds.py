@@ -15,15 +15,15 @@ POSITIONS = 2**14  # of the latents of a picture of 1024 x 1024
 SPARE = 1.25  # times what a product gives at most if its numbers are exact: (1 + 1/16) ** 2, and the sum's own rounding
 
 
-def of_each(places: list[tuple[nn.Module, ...]]) -> list[torch.Tensor]:
+def of_each(places: list[tuple[nn.Module | int, ...]]) -> list[torch.Tensor]:
     """For what comes after each of `places`, a number that nothing there is beyond: float32, [].
 
     A place: (a layer norm or group norm,), (a layer norm, the linear layer between it and GEGLU), or (a layer norm, a linear layer
-    without a bias, the first of its outputs that are attention's values: their means are not beyond them). What is normalised has a norm
-    of sqrt(n), in one number at most; for a group norm n is of an image of up to POSITIONS, and the bound holds for SiLU of it, too,
-    and for a larger image unless one number in a group deviates by more than all the others together many times over. GEGLU's is
-    kernels/gated_bound's, and so is that of values: a quarter larger a product, for it may be one of numbers in e4m3, each off by
-    up to a sixteenth.
+    without a bias, the first of its outputs that are attention's values: their means are not beyond them). What is normalised has
+    a norm of sqrt(n), in one number at most; for a group norm n is of an image of up to POSITIONS, and the bound holds for SiLU of
+    it, too, and for a larger image unless one number in a group deviates by more than all the others together many times over.
+    GEGLU's is kernels/gated_bound's, and so is that of values: a quarter larger a product, for it may be one of numbers in e4m3,
+    each off by up to a sixteenth.
     """
     normed, others = ([n for n, place in enumerate(places) if (len(place) == 1) == alone] for alone in (True, False))
     found = dict(zip(normed, _of_norms([places[n][0] for n in normed])))

@@ -12,10 +12,11 @@ GEGLU after it where both halves are taken. Convolutions are `conv_float8`'s.
 Scales of inputs are a row's own, found by the kernel that writes it; or, with one a tensor, a bound that follows from the
 weights: what a layer norm can give at most, and GEGLU of its linear layer. So nothing is calibrated, nothing saturates, and no
 picture depends on those before it. Some inputs have such a bound for a scale in either case, and the weights they meet one scale:
-what GEGLU gives, and attention (over the prompt of the values of a batch's prompts, else of what a layer norm and the values'
-weights can give), for no program of `linear_geglu`, `prompt_attention` or `self_attention` sees a whole row; a cross-attention's query, whose product by scales a row is no faster than in bfloat16; and a
-convolution's, which sums positions that must then have one. That the bound is tens or hundreds of times what is common costs
-little: e4m3 is a float, and keeps its three bits down to 2**-15 of the bound.
+what GEGLU gives, and attention, which is a mean of values (a batch's prompts' own largest, or what a layer norm and the values'
+weights can give), for no program of `linear_geglu`, `prompt_attention` or `self_attention` sees a whole row; a cross-attention's
+query, whose product by scales a row is no faster than in bfloat16; and a convolution's, which sums positions that must then have
+one. That the bound is tens or hundreds of times what is common costs little: e4m3 is a float, and keeps its three bits down to
+2**-15 of the bound.
 
 The convolutions, the gated first half and `self_attention` are for Hopper: on other GPUs they stay as they are, or are gated
 apart.
@@ -243,7 +244,7 @@ def _projections(attn):
 
 
 def _values(attn, rounding):
-    """(linear layer, the first of its outputs) that give self-attention `attn` its values; () where `self_attention` is not for it."""
+    """(linear layer, the first of its outputs) that give `attn` its values; () where `self_attention` is not for it."""
     parts, widths = _projections(attn), self_attention.WIDTHS if rounding.filter == "all" else (self_attention.FAST,)
     if not parts or attn.inner_dim // attn.heads not in widths:
         return ()
