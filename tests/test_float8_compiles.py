@@ -51,9 +51,10 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
     found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
     assert found.metadata.shared <= memory, (capability, found.metadata.shared)
     for rounds, name in ((False, "bf16"), (True, "fp8e4nv")):
-        tiles = {part: f"tensordesc<bf16[1, {n}, 64]>" for part, n in (("of_query", 64), ("of_key", 128))}
-        tiles |= {"out": f"tensordesc<{name}[1, 64, 64]>", "scale": "fp32"}
-        constants = {"TALL": 64, "WIDE": 128, "WIDTH": 64, "CUT": rounds, "EXACT": False, "ROUNDS": rounds}
+        tall, wide, width = self_attention.QUERIES, self_attention.KEYS, self_attention.FAST
+        tiles = {part: f"tensordesc<bf16[1, {n}, {width}]>" for part, n in (("of_query", tall), ("of_key", wide))}
+        tiles |= {"out": f"tensordesc<{name}[1, {tall}, {width}]>", "scale": "fp32"}
+        constants = {"TALL": tall, "WIDE": wide, "WIDTH": width, "CUT": rounds, "EXACT": False, "ROUNDS": rounds}
         found = compiled(self_attention._self_attention, constants, capability, tiles, num_warps=4, num_stages=2)
         assert 2 * found.metadata.shared <= memory, (capability, "two programs", found.metadata.shared)
     for rows, dtype, name in (

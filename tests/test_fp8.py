@@ -30,12 +30,8 @@ def exactly(scaled):
     return scaled.values.double() * scaled.scale.double()
 
 
-def of_gated(norm, wide):
-    return bounds.of_each([(norm, wide)])[0]
-
-
-def of_values_after(norm, layer, first=0):
-    return bounds.of_each([(norm, layer, first)])[0]
+def bound_after(*place):
+    return bounds.of_each([place])[0]
 
 
 def may_be_off(x, scale):
@@ -137,11 +133,11 @@ def test_nothing_a_layer_norm_gives_is_beyond_its_bound():
     x = torch.cat([x, 100 * torch.randn(4096, 64)])
     value, gate = wide(norm(x)).chunk(2, -1)
     farthest = (value * nn.functional.gelu(gate)).abs().max()
-    assert 0.2 * of_gated(norm, wide) < farthest <= of_gated(norm, wide)
+    assert 0.2 * bound_after(norm, wide) < farthest <= bound_after(norm, wide)
     wide.bias = None
     for first in (0, 60):
         farthest = wide(norm(100 * directions))[:, first:].abs().max()
-        assert 0.5 * of_values_after(norm, wide, first) < farthest <= of_values_after(norm, wide, first)
+        assert 0.5 * bound_after(norm, wide, first) < farthest <= bound_after(norm, wide, first)
 
 
 @pytest.mark.parametrize("scales", fp8.SCALES)
@@ -244,8 +240,8 @@ def rounded_by_hand(unet, scales):
             **dict.fromkeys((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), (bounds.of_norm, (own.norm1,))),
             block.attn2.to_q: (bounds.of_norm, (own.norm2,)),
             wide: (bounds.of_norm, (own.norm3,)),
-            narrow: (of_gated, (own.norm3, own.ff.net[0].proj)),
-            block.attn1.to_out[0]: (of_values_after, (own.norm1, own.attn1.to_v)),
+            narrow: (bound_after, (own.norm3, own.ff.net[0].proj)),
+            block.attn1.to_out[0]: (bound_after, (own.norm1, own.attn1.to_v, 0)),
             block.attn2.to_out[0]: (lambda: torch.tensor(0.0), ()),  # what no weights tell: the values' largest
         }
         values = []
@@ -337,7 +333,7 @@ def test_values_of_rounded_numbers_are_not_beyond_their_bound():
     x, weight = (to_float8.reference(t) for t in (norm(torch.randn(16, inputs)), to_v.weight))
     values = (x.values.float() * x.scale) @ (weight.values.float() * weight.scale).T
     assert values.abs().max() > 4 * to_v(norm(torch.randn(16, inputs))).abs().max(), "it has to matter"
-    assert values.abs().max() < of_values_after(norm, to_v)
+    assert values.abs().max() < bound_after(norm, to_v, 0)
 
 
 def test_an_output_of_attention_is_not_beyond_the_largest_value():
@@ -369,7 +365,6 @@ def test_only_layers_that_can_be_are_rounded(monkeypatch):
     block.attn1.fuse_projections()
     block.attn1.set_processor(FusedAttnProcessor2_0())
     assert fp8.layers([block], every)[own_out].after == (block.norm1, block.attn1.to_qkv, 2 * 64)
-    block.attn1.unfuse_projections() if hasattr(block.attn1, "unfuse_projections") else None
     block.attn1.set_processor(AttnProcessor2_0())
     block.attn1.to_v.bias = nn.Parameter(torch.zeros(64).bfloat16())
     assert own_out not in fp8.layers([block], every), "a bias, which the bound does not know"

@@ -52,20 +52,24 @@ def kernels(monkeypatch):
 
 
 def unet_call(unet, height=4, width=6, batch=1, tokens=7):
-    """A call of a UNet with random inputs, as a function."""
+    """A call of a UNet with random inputs, as a function; its result in float32."""
     torch.manual_seed(1)
-    latents = torch.randn(batch, 4, height, width)
-    text = torch.randn(batch, tokens, 64)
+    latents = torch.randn(batch, 4, height, width).to(unet.dtype)
+    text = torch.randn(batch, tokens, 64).to(unet.dtype)
 
     @torch.no_grad()
     def call():
-        return unet(latents, torch.tensor(400), text).sample
+        return unet(latents, torch.tensor(400), text).sample.float()
 
     return call
 
 
 def assert_same(ours, theirs):
     assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+def transformer_blocks(unet):
+    return [block for m in unet.modules() if type(m) is Transformer2DModel for block in m.transformer_blocks]
 
 
 def counts(unet):
@@ -78,7 +82,7 @@ def test_a_fused_unet_computes_what_the_stock_one_does(unet, kernels):
     call = unet_call(unet, batch=2)
     theirs = call()
     resnets, transformers, upsamplers, ups = counts(unet)
-    blocks = sum(len(m.transformer_blocks) for m in unet.modules() if type(m) is Transformer2DModel)
+    blocks = len(transformer_blocks(unet))
     shortcuts = sum(type(m) is ResnetBlock2D and m.conv_shortcut is not None for m in unet.modules())
     assert fused.fuse(unet) == fused.fuse(unet) == resnets + transformers + upsamplers + ups
     assert_same(call(), theirs)
@@ -182,11 +186,7 @@ def test_an_up_block_can_be_called_as_diffusers_is(unet, kernels, monkeypatch):
 
 
 def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, monkeypatch):
-    unet.half()
-    blocks = [block for m in unet.modules() if type(m) is Transformer2DModel for block in m.transformer_blocks]
-    torch.manual_seed(1)
-    latents, text = torch.randn(2, 4, 4, 8).half(), torch.randn(2, 7, 64).half()
-    call = torch.no_grad()(lambda: unet(latents, torch.tensor(400), text).sample.float())
+    blocks, call = transformer_blocks(unet), unet_call(unet.half(), 4, 8, batch=2)
     theirs = call()
     fused.fuse(unet)
     monkeypatch.setattr(linear_geglu, "ENOUGH", 2 * 2 * 4)  # the positions of two images half as high and wide
@@ -202,10 +202,7 @@ def test_of_many_rows_a_feed_forwards_first_half_is_one_kernel(unet, kernels, mo
 def test_few_positions_attend_to_each_other_by_our_kernel(unet, kernels, monkeypatch):
     """From one product, of heads of its width, in 16 bits; a library's for more positions."""
     unet = UNet2DConditionModel.from_config(dict(unet.config, block_out_channels=(24, 64))).eval().half()
-    blocks = [block for m in unet.modules() if type(m) is Transformer2DModel for block in m.transformer_blocks]
-    torch.manual_seed(1)
-    latents, text = torch.randn(2, 4, 6, 8).half(), torch.randn(2, 7, 64).half()
-    call = torch.no_grad()(lambda: unet(latents, torch.tensor(400), text).sample.float())
+    blocks, call = transformer_blocks(unet), unet_call(unet, 6, 8, batch=2)
     theirs = call()
     fused.fuse(unet)
     monkeypatch.setattr(self_attention, "FAST", 16)

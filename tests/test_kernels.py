@@ -346,6 +346,18 @@ WRONG = {
     "no head": (lambda: self_attention.self_attention(torch.ones(1, 4, 48), 0), "3 . 0 heads"),
     "three tensors": (lambda: self_attention.self_attention(torch.ones(4, 48), 1), "4, 48. is not"),
     "scales a row": (lambda: self_attention.self_attention(torch.ones(1, 4, 48), 1, "row"), "finds no scales of its own, as 'row'"),
+    "scales a row of a product": (
+        lambda: linear_geglu.linear_geglu(torch.ones(4, 16), torch.ones(32, 16), torch.ones(32), "row"),
+        "linear_geglu finds no scales",
+    ),
+    "scales a row of a prompt": (
+        lambda: prompt_attention.prompt_attention(torch.ones(1, 4, 8), *[torch.ones(1, 7, 8)] * 2, 2, "row"),
+        "prompt_attention finds no scales",
+    ),
+    "scales a row of an image": (
+        lambda: group_norm.group_norm(torch.ones(1, 8, 4, 4).to(**LAST), 4, torch.ones(8), torch.ones(8), scale="row"),
+        "group_norm finds no scales",
+    ),
     "moved": (lambda: self_attention.self_attention(torch.ones(1 + 192)[1:].view(1, 4, 48), 1), "multiple of 16 bytes"),
     "two dtypes": (
         lambda: linear_geglu.linear_geglu(torch.ones(4, 8), torch.ones(16, 8).half(), torch.ones(16)),

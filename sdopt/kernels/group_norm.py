@@ -80,7 +80,7 @@ def group_norm(
     launch.check_shape(NAME, "shift", shift, (channels,) if shared else (batch, channels), rows_apart=True)
     rounds = scale is not None
     out = (
-        place(NAME, x, (batch, height + 1, width + 1, channels), scale)
+        place(NAME, x, (batch, height + 1, width + 1, channels), scale, by_row=False)
         if rounds
         else x.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
     )

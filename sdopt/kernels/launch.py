@@ -76,12 +76,6 @@ def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tupl
         raise UserError(f"{kernel}: {name} is not contiguous: call .contiguous() on it")
 
 
-def check_scale(kernel: str, scale: torch.Tensor | None):
-    """Raise UserError unless `scale` is None or a tensor: for a kernel of which no program sees a whole row."""
-    if not (scale is None or isinstance(scale, torch.Tensor)):
-        raise UserError(f"{kernel} finds no scales of its own, as {scale!r} asks: give it one number in a tensor, for all rows")
-
-
 def check_image(kernel: str, x: torch.Tensor):
     """Raise UserError unless `x` is an image in channels_last memory, [batch, channels, height, width]."""
     if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):

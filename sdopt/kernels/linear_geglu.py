@@ -57,7 +57,7 @@ def linear_geglu(
         by_row = of_x.ndim > 0
         launch.check_shape(NAME, "the scale of x", of_x, (rows, 1) if by_row else ())
         launch.check_shape(NAME, "the scale of weight", of_weight, (2 * outputs, 1) if by_row else ())
-    out = bias.new_empty(shape) if scale is None else place(NAME, bias, shape, scale).values
+    out = bias.new_empty(shape) if scale is None else place(NAME, bias, shape, scale, by_row=False).values
     if any(n % launch.ALIGNED for n in (inputs * x.itemsize, outputs * out.itemsize, x.data_ptr(), weight.data_ptr())):
         raise UserError(f"{NAME}: rows of {inputs} inputs and {outputs} outputs do not begin at multiples of 16 bytes")
     result = out if scale is None else Scaled(out, scale)

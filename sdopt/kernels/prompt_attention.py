@@ -44,8 +44,7 @@ def prompt_attention(
     for name, tensor in (("k", k), ("v", v)):
         if tuple(tensor.shape) != (batch, tokens, channels) or tensor.stride(2) != 1 or tensor.dtype is not q.dtype:
             raise UserError(f"{NAME}: {name} is not [{batch}, {tokens}, {channels}] of {q.dtype} with contiguous rows")
-    launch.check_scale(NAME, scale)
-    out = torch.empty_like(q) if scale is None else place(NAME, q, tuple(q.shape), scale)
+    out = torch.empty_like(q) if scale is None else place(NAME, q, tuple(q.shape), scale, by_row=False)
     values, of_all = (out, q) if scale is None else out
     if q.numel():
         launch.start(

@@ -43,11 +43,10 @@ def self_attention(qkv: torch.Tensor, heads: int, scale: torch.Tensor | None = N
     width = joined // (3 * heads) if heads > 0 and joined % (3 * heads) == 0 else 0
     if width not in WIDTHS:
         raise UserError(f"{NAME}: {list(qkv.shape)} is not [batch, tokens, 3 * {heads} heads of {', '.join(map(str, WIDTHS))}]")
-    launch.check_scale(NAME, scale)
     if qkv.data_ptr() % launch.ALIGNED:
         raise UserError(f"{NAME}: the input does not begin at a multiple of {launch.ALIGNED} bytes")
     shape = (batch, tokens, heads * width)
-    out = qkv.new_empty(shape) if scale is None else place(NAME, qkv, shape, scale)
+    out = qkv.new_empty(shape) if scale is None else place(NAME, qkv, shape, scale, by_row=False)
     values, of_all = (out, qkv) if scale is None else out
     if qkv.numel():
         exact = launch.INTERPRETED or qkv.dtype is torch.float32

@@ -86,10 +86,11 @@ def bytes_moved(x: torch.Tensor, *_) -> int:
     return x.numel() * (x.itemsize + 1) + x.numel() // x.shape[-1] * 4
 
 
-def place(kernel: str, x: torch.Tensor, shape: tuple[int, ...], scales: str | torch.Tensor) -> Scaled:
+def place(kernel: str, x: torch.Tensor, shape: tuple[int, ...], scales: str | torch.Tensor, by_row: bool = True) -> Scaled:
     """Room for what `kernel` makes of `x` in e4m3: values of `shape`, and scales as to `to_float8`.
 
-    Raises UserError for other scales, or where the GPU has no e4m3.
+    `by_row`: whether it finds scales a row, which takes a program that sees a whole one. Raises UserError for other scales, or
+    where the GPU has no e4m3.
     """
     if x.is_cuda and (found := torch.cuda.get_device_capability(x.device)) < CAPABILITY:
         raise UserError(f"{kernel}: e4m3 needs compute capability 8.9 or later, this GPU has {found[0]}.{found[1]}")
@@ -97,6 +98,8 @@ def place(kernel: str, x: torch.Tensor, shape: tuple[int, ...], scales: str | to
         launch.check(kernel, x, scales=scales)
         if scales.dtype is not torch.float32 or scales.numel() != 1:
             raise UserError(f"{kernel}: a scale for all rows is one float32 number: make it a tensor of that")
+    elif not by_row:
+        raise UserError(f"{kernel} finds no scales of its own, as {scales!r} asks: give it one number in a tensor, for all rows")
     elif scales == "row":
         scales = torch.empty(prod(shape[:-1]), 1, device=x.device, dtype=torch.float32)
     else:
