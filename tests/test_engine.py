@@ -550,6 +550,20 @@ def test_other_kinds_of_adapters(tiny, captured, kind):
     assert_same(*both(tiny))
 
 
+@RECORDED
+@pytest.mark.parametrize("part", ["conv2", "conv_shortcut"])
+def test_biases_that_are_added_together_and_changed_in_place_show_in_the_next_picture(tiny, captured, part):
+    before = small(engine.prepare(tiny))
+    for block in tiny.unet.modules():
+        if getattr(block, "conv_shortcut", None) is not None:
+            getattr(block, part).bias.data.add_(1)  # which no version counts
+    made, ours = len(captured), small(tiny)
+    assert len(captured) == made, "by the same graphs"
+    engine.restore(tiny)
+    assert_same(ours, small(tiny))
+    assert np.abs(ours - before).max() > 1e-3
+
+
 def test_strengths_of_loras_that_are_swapped_in_place(tiny, captured):
     """As peft's hotswap does: a tensor on the CPU, whose number a graph takes for good."""
     with_lora(tiny)

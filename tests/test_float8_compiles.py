@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 CODE = """
+import itertools
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
@@ -44,12 +45,13 @@ for capability in (89, 90):
         types = {"scale": "fp32"} if kernel is prompt_attention._prompt_attention else {}
         assert "satfinite.e4m3x2" in compiled(kernel, constants, capability, types).asm["ptx"], (kernel, capability)
 for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multiprocessor has for one tile
-    tall, across, deep, warps, stages = conv_float8.tile(2 * 129**2, 320, 132, memory)  # the largest
-    types = {"x": f"tensordesc<fp8e4nv[{tall}, {deep}]>", "weight": f"tensordesc<fp8e4nv[{across}, {deep}]>"}
-    types |= {"out": "*bf16", "x_scale": "*fp32", "scales": "*fp32"}
-    constants = {"TALL": tall, "ACROSS": across, "DEEP": deep, "EXACT": False}
-    found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
-    assert found.metadata.shared <= memory, (capability, found.metadata.shared)
+    for lines in (128, 32):  # several tiles a program, and one
+        tall, across, deep, warps, stages, several = conv_float8.tile(2 * (lines + 1) ** 2, 10 * 2**12 // lines, 132, memory)
+        types = {"x": f"tensordesc<fp8e4nv[{tall}, {deep}]>", "weight": f"tensordesc<fp8e4nv[{across}, {deep}]>"}
+        types |= {"out": "*bf16", "x_scale": "*fp32", "scales": "*fp32"}
+        constants = {"TALL": tall, "ACROSS": across, "DEEP": deep, "SEVERAL": several, "EXACT": False}
+        found = compiled(conv_float8._conv, constants, capability, types, num_warps=warps, num_stages=stages)
+        assert found.metadata.shared <= memory, (capability, found.metadata.shared)
     for rounds, name in ((False, "bf16"), (True, "fp8e4nv")):
         tall, wide, width = self_attention.QUERIES, self_attention.KEYS, self_attention.FAST
         tiles = {part: f"tensordesc<bf16[1, {n}, {width}]>" for part, n in (("of_query", tall), ("of_key", wide))}
@@ -57,9 +59,8 @@ for capability, memory in ((89, 99 * 1024), (90, 227 * 1024)):  # what a multipr
         constants = {"TALL": tall, "WIDE": wide, "WIDTH": width, "CUT": rounds, "EXACT": False, "ROUNDS": rounds}
         found = compiled(self_attention._self_attention, constants, capability, tiles, num_warps=4, num_stages=2)
         assert 2 * found.metadata.shared <= memory, (capability, "two programs", found.metadata.shared)
-    for rows, dtype, name in (
-        (8192, torch.float8_e4m3fn, "fp8e4nv"), (8192, torch.bfloat16, "bf16"), (1024, torch.bfloat16, "bf16")
-    ):
+    kinds = (torch.float8_e4m3fn, "fp8e4nv"), (torch.bfloat16, "bf16")
+    for rows, (dtype, name) in itertools.product((8192, 1024), kinds):
         tall, wide, deep, warps, stages = linear_geglu.tile_of(rows, 5120, dtype, dtype, memory, 132)
         types = {"x": f"tensordesc<{name}[{tall}, {deep}]>", "weight": f"tensordesc<{name}[2, {wide}, {deep}]>"}
         types |= {"out": f"tensordesc<{name}[{tall}, {wide}]>"}

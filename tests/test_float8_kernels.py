@@ -185,6 +185,15 @@ def test_linear_geglu(device, shape, outputs, scales, rounds):
         assert (off <= (HALF_A_STEP + 2.0**-8) * inside.abs() * 1.07 + HALF_OF_LAST * 0.3).all()
 
 
+@pytest.mark.parametrize("scales", ["row", "all"])
+@pytest.mark.parametrize(("shape", "outputs"), [((300, 32), 144), ((1100, 272), 2064)], ids=str)
+def test_linear_geglu_by_narrow_tiles(device, shape, outputs, scales, monkeypatch):
+    monkeypatch.setattr(linear_geglu, "GAINS", 0)
+    taken = linear_geglu.tile_of(shape[0], outputs, to_float8.E4M3, to_float8.E4M3, 2**18, 132)
+    assert taken == linear_geglu.NARROW_OF_BYTES
+    test_linear_geglu(device, shape, outputs, scales, True)
+
+
 def test_a_row_of_zeros_and_one_of_the_tiniest_numbers(device):
     x = torch.zeros(4, 64, device=device)
     x[1], x[2], x[3, 5] = 1e-38, torch.randn(64).to(device), -3e38
@@ -277,6 +286,8 @@ def test_whatever_the_tile_a_convolution_is_the_same(device, tile, monkeypatch):
     x, weight = random((3, 144, 13, 13), torch.float32, device), random((272, 144, 3, 3), torch.float32, device)
     x, weight = conv_float8.bordered(x, torch.tensor(0.01, device=device)), conv_float8.rounded(weight)
     assert_convolved(conv_float8.conv_float8(x, weight, torch.float32), x, weight)
+    monkeypatch.setattr(launch, "multiprocessors", lambda x: 2)  # several tiles a program, the last of them begun by one alone
+    assert_convolved(conv_float8.conv_float8(x, weight, torch.float32), x, weight)
 
 
 def test_the_tile_is_the_one_that_is_done_in_the_fewest_turns():
@@ -286,7 +297,9 @@ def test_the_tile_is_the_one_that_is_done_in_the_fewest_turns():
     taken = [conv_float8.tile(2 * (lines + 1) ** 2, outputs, *has)[:2] for lines, outputs in sizes]
     assert taken == [(256, 128), (128, 128), (256, 128), (256, 128), (128, 128), (64, 128), (64, 128)]
     assert conv_float8.tile(2 * 9**2, 1280, 10, has[1])[:2] == (256, 128)
-    assert [conv_float8.tile(2 * 129**2, 320, 132, kib * 1024)[-1] for kib in (227, 99)] == [3, 2]
+    ahead = [conv_float8.tile(2 * 129**2, 320, 132, kib * 1024)[-2:] for kib in (227, 99)]
+    assert ahead == [(3, True), (2, False)], "a tile that is written beside others takes their place"
+    assert conv_float8.tile(33**2, 1280, *has)[-2:] == (4, False), "a turn is enough"
 
 
 def test_a_convolution_in_e4m3_is_the_convolution_but_for_rounding(device):

@@ -125,7 +125,8 @@ def test_linear_geglu_by_narrow_tiles(device, shape, outputs, monkeypatch):
 
 
 def test_a_tile_of_linear_geglu_is_narrow_where_large_ones_leave_multiprocessors_idle():
-    wide = lambda *size, programs=132: linear_geglu.tile_of(*size, torch.half, torch.half, 2**17, programs)[1]
+    wide = lambda *size, dtype=torch.half, programs=132: linear_geglu.tile_of(*size, dtype, dtype, 2**17, programs)[1]
+    assert wide(1024, 5120, dtype=torch.float8_e4m3fn) == 64
     assert wide(1024, 5120) == 64, "320 tiles are two rounds of 132 and a third of 56; 640 are five, but for 20"
     assert [wide(2048, 5120), wide(4096, 2560), wide(8192, 2560), wide(1024, 5120, programs=1)] == [128] * 4
 

@@ -1,6 +1,6 @@
 """What stays as it is from step to step, computed once: the prompt's keys and values, the upsamplers' folded weights; and
-products of the same input as one: all time projections, and a self-attention's query, key and value; and the bias of a
-model's last block in that of the projection after it.
+products of the same input as one: all time projections, and a self-attention's query, key and value; and biases that are added
+to the same numbers as one: a residual block's and its shortcut's, and a model's last block's and the projection's after it.
 
 `Once` holds it, and the blocks of `fused` take it from there while `using` lasts. What it holds was computed from weights, so
 it is computed again for every picture: weights that were changed in place show in the next.
@@ -37,6 +37,7 @@ class Once:
         widths = [block.time_emb_proj.out_features for block in self.resnets]
         ends = torch.tensor(widths).cumsum(0).tolist()
         self.places = {block: (end - width, end) for block, width, end in zip(self.resnets, widths, ends)}
+        self.doubles = [block for block in self.resnets if block.conv_shortcut is not None and block.conv_shortcut.bias is not None]
         self.weight = self.bias = self.shifts = self.replay = None
 
     @torch.no_grad()
@@ -55,6 +56,13 @@ class Once:
         elif self.resnets:  # at the same place: graphs read it there
             torch.cat(weights, out=self.weight)
             torch.cat(biases, out=self.bias)
+        if self.doubles:
+            pairs = [(block.conv2.bias, block.conv_shortcut.bias) for block in self.doubles]
+            new = torch._foreach_add(*map(list, zip(*pairs)))
+            if self.doubles[0] in self.biases:
+                torch._foreach_copy_([self.biases[block] for block in self.doubles], new)
+            else:
+                self.biases |= zip(self.doubles, new)
         for block in self.upsamplers:
             new = folded(block.conv.weight)
             self.quarters[block] = self.quarters[block].copy_(new) if block in self.quarters else new
@@ -142,6 +150,14 @@ def bias_after(model, layer):
     """The bias of the projection after a model's blocks with that of `layer`, its last, in it, if there is one."""
     held = now[0] if (now := _now.get()) else None
     return held.biases[model] if held and model in held.biases and held.ends[model][0] is layer else None
+
+
+def bias_of_end(block):
+    """What is added to a residual block's second convolution: its bias, and its shortcut's."""
+    if (now := _now.get()) and block in now[0].biases:
+        return now[0].biases[block]
+    own, narrow = block.conv2.bias, block.conv_shortcut
+    return own if narrow is None or narrow.bias is None else own + narrow.bias
 
 
 def quarters(block):

@@ -32,11 +32,9 @@ def resnet(block, x, temb=None, *args, **kwargs):
         if block.time_emb_proj is not None:
             shift = shift + block.time_emb_proj(silu(temb))
     h = _normed_and_convolved(block.norm2, block.conv2, h, shift)
-    bias, narrow = block.conv2.bias, block.conv_shortcut
-    if narrow is not None:
-        bias = bias if narrow.bias is None else bias + narrow.bias
-        if _is_one(narrow, x, *beside):
-            return shortcut(x, narrow.weight.flatten(1), bias, h, *beside)
+    bias, narrow = once.bias_of_end(block), block.conv_shortcut
+    if narrow is not None and _is_one(narrow, x, *beside):
+        return shortcut(x, narrow.weight.flatten(1), bias, h, *beside)
     both = torch.cat((x, *beside), 1) if beside else x
     return bias_residual(h, bias, both if narrow is None else _convolved(narrow, both))
 

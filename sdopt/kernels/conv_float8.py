@@ -8,7 +8,8 @@ above an image the end of the image before. So the nine neighbours of a tile of 
 shifted, and the convolution is a product of [positions, 9 * channels] by [9 * channels, outputs] that is never written out.
 
 Operations: 2 * 9 * positions * channels * outputs, plus those for the zeros (6 % of an image of 32 lines, 2 % of one of 128).
-One scale for the whole input: a position is summed with its neighbours, which a scale of its own would not survive.
+A program computes several tiles where there are more than multiprocessors, as `linear_geglu`'s do: while one is written, the next
+one's numbers are on their way. One scale for the whole input: a position is summed with its neighbours, which a scale of its own would not survive.
 """
 
 import torch
@@ -24,7 +25,8 @@ NAME = "conv_float8"
 # Positions and outputs of a tile, channels at a step, warps, steps that are loaded ahead: how long such a tile takes, relative
 # to the others. Measured on an H200 at the sizes of SDXL's and SD 1.5's convolutions, with six tiles more to choose from: which
 # of these three `tile` takes was the fastest of the nine or within 5 % of it at each.
-TILES = {(256, 128, 128, 8, 3): 16, (128, 128, 128, 4, 4): 9, (64, 128, 128, 4, 5): 6}
+TILES = {(256, 128, 128, 8, 4): 16, (128, 128, 128, 4, 4): 9, (64, 128, 128, 4, 5): 6}
+FEWEST = 3  # steps ahead that there must be room for
 
 
 def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -48,13 +50,15 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) 
     shape = batch, outputs, high - 1, wide - 1
     out = torch.empty(shape, dtype=dtype, device=x.values.device, memory_format=torch.channels_last)
     rows = batch * high * wide
-    tall, across, deep, warps, stages = tile(rows, outputs, launch.multiprocessors(x.values), launch.memory(x.values))
+    programs = launch.multiprocessors(x.values)
+    tall, across, deep, warps, stages, several = tile(rows, outputs, programs, launch.memory(x.values))
+    count = triton.cdiv(rows, tall) * triton.cdiv(outputs, across)
     tiles = TensorDescriptor.from_tensor
     launch.start(
         _conv,
-        (triton.cdiv(rows, tall) * triton.cdiv(outputs, across),),
+        (min(count, programs) if several else count,),
         *(tiles(x.values.view(rows, channels), [tall, deep]), tiles(weight.values, [across, deep])),
-        *(out, x.scale, weight.scale, rows, high, wide, channels, outputs, tall, across, deep, launch.INTERPRETED),
+        *(out, x.scale, weight.scale, rows, high, wide, channels, outputs, tall, across, deep, several, launch.INTERPRETED),
         num_warps=warps,
         num_stages=stages,
     )
@@ -62,13 +66,17 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) 
 
 
 def tile(rows: int, outputs: int, multiprocessors: int, memory: int) -> tuple[int, ...]:
-    """Which of TILES has so many positions and outputs computed first, and no more steps loaded ahead than `memory` holds.
+    """Which of TILES has so many positions and outputs computed first, and whether a program computes several of them.
 
-    A multiprocessor has one tile at a time, so it takes as many turns as there are tiles for each, a begun one being whole.
+    A multiprocessor has one tile at a time, so it takes as many turns as there are tiles for each, a begun one being whole. No
+    more steps are loaded ahead than `memory` holds, beside the tile that is written meanwhile where there are several.
     """
     turns = lambda tile: triton.cdiv(triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1]), multiprocessors)
-    tall, across, deep, warps, stages = min(TILES, key=lambda tile: turns(tile) * TILES[tile])
-    return tall, across, deep, warps, min(stages, memory // ((tall + across) * deep))
+    best = min(TILES, key=lambda tile: turns(tile) * TILES[tile])
+    tall, across, deep, warps, stages = best
+    step, written = (tall + across) * deep, 2 * tall * across
+    several = turns(best) > 1 and memory >= written + FEWEST * step
+    return tall, across, deep, warps, min(stages, (memory - written * several) // step), several
 
 
 def bordered(x: torch.Tensor, scale: torch.Tensor) -> Scaled:
@@ -96,24 +104,25 @@ def reference(x, weight):
 @triton.jit
 def _conv(
     x, weight, out, x_scale, scales, rows, high, wide, channels, outputs,
-    TALL: tl.constexpr, ACROSS: tl.constexpr, DEEP: tl.constexpr, EXACT: tl.constexpr,
+    TALL: tl.constexpr, ACROSS: tl.constexpr, DEEP: tl.constexpr, SEVERAL: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(outputs, ACROSS)
-    row, column = tl.program_id(0) // tiles * TALL, tl.program_id(0) % tiles * ACROSS
-    sums = tl.zeros([TALL, ACROSS], tl.float32)
-    # the nine neighbours of some channels one after the other: they are mostly the same numbers, still in the GPU's cache
-    for step in range(9 * tl.cdiv(channels, DEEP)):
-        first, neighbour = step // 9 * DEEP, step % 9
-        away = (neighbour // 3 - 1) * wide + neighbour % 3 - 1
-        # before the first position and beyond the last there are zeros; channels beyond the last are zeros of x
-        some, weights = x.load([row + away, first]), weight.load([column, neighbour * channels + first])
-        if EXACT:  # the interpreter takes e4m3 for integers
-            some, weights = some.to(tl.float32), weights.to(tl.float32)
-        sums = tl.dot(some, weights.T, sums)
-    position, output = row + tl.arange(0, TALL), column + tl.arange(0, ACROSS)
-    real = output < outputs
-    sums *= (tl.load(x_scale) * tl.load(scales + output, real, 0.0))[None, :]
-    image, line, place = position // (high * wide), position // wide % high, position % wide
-    inside = (position < rows) & (line < high - 1) & (place < wide - 1)
-    at = ((image * (high - 1) + line) * (wide - 1) + place).to(tl.int64)[:, None] * outputs + output[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), inside[:, None] & real[None, :])
+    across = tl.cdiv(outputs, ACROSS)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, TALL) * across, tl.num_programs(0), flatten=SEVERAL):
+        row, column = tile // across * TALL, tile % across * ACROSS
+        sums = tl.zeros([TALL, ACROSS], tl.float32)
+        # the nine neighbours of some channels one after the other: they are mostly the same numbers, still in the GPU's cache
+        for step in range(9 * tl.cdiv(channels, DEEP)):
+            first, neighbour = step // 9 * DEEP, step % 9
+            away = (neighbour // 3 - 1) * wide + neighbour % 3 - 1
+            # before the first position and beyond the last there are zeros; channels beyond the last are zeros of x
+            some, weights = x.load([row + away, first]), weight.load([column, neighbour * channels + first])
+            if EXACT:  # the interpreter takes e4m3 for integers
+                some, weights = some.to(tl.float32), weights.to(tl.float32)
+            sums = tl.dot(some, weights.T, sums)
+        position, output = row + tl.arange(0, TALL), column + tl.arange(0, ACROSS)
+        real = output < outputs
+        sums *= (tl.load(x_scale) * tl.load(scales + output, real, 0.0))[None, :]
+        image, line, place = position // (high * wide), position // wide % high, position % wide
+        inside = (position < rows) & (line < high - 1) & (place < wide - 1)
+        at = ((image * (high - 1) + line) * (wide - 1) + place).to(tl.int64)[:, None] * outputs + output[None, :]
+        tl.store(out + at, sums.to(out.dtype.element_ty), inside[:, None] & real[None, :])

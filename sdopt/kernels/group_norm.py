@@ -35,9 +35,9 @@ from sdopt.kernels.to_float8 import reference as rounded
 
 NAME = "group_norm"
 CHANNELS = 64  # of a strip: 128 bytes of bfloat16, a cache line
-# Positions a tile, tiles a part, and the programs from which on it is the fastest choice: tried on an H200 (132
-# multiprocessors) at the sizes of SDXL and SD 1.5.
-TILES = ((32, 16, 900), (32, 4, 64), (16, 2, 0))
+# Positions a tile, tiles a part, positions a tile of the last kernel (in e4m3 twice as many), and the programs from which on it
+# is the fastest choice: tried on an H200 (132 multiprocessors) at the sizes of SDXL and SD 1.5.
+TILES = ((32, 16, 64, 900), (32, 4, 64, 500), (32, 4, 32, 64), (16, 2, 32, 0))
 WHOLE = 2**15  # numbers that one program keeps, each side of its tile rounded up to a power of two: 64 a thread at the most
 
 
@@ -97,10 +97,10 @@ def group_norm(
             *(*images, values, of_all, *arguments, rows, width, channels, stride, eps),
             *(size, high, wide, shift is not None, silu, triton.next_power_of_2(height + width + 1) if rounds else 0),
             beside is not None,
-            num_warps=min(16, max(4, high * wide // 2**11)),
+            num_warps=min(16, max(4, high * wide // 2**10)),
         )
         return out
-    tall, turns = _part(batch, rows, channels)
+    tall, turns, last = _part(batch, rows, channels)
     parts, strips = triton.cdiv(rows, tall * turns), triton.cdiv(channels, CHANNELS)
     moments = torch.empty(2, batch, parts, channels, device=x.device, dtype=torch.float32)
     lines = torch.empty(2, batch, channels, device=x.device, dtype=torch.float32)
@@ -116,12 +116,13 @@ def group_norm(
         *(moments, moments[1], lines, lines[1], *arguments),
         *(rows, channels, parts, tall * turns, stride, eps, size),
         *(max(16, 2048 // wide), wide, shift is not None),
-        num_warps=4,
+        num_warps=8,
     )
+    written, last = ((height + 1) * (width + 1), 2 * last) if rounds else (rows, last)
     launch.start(
         _apply,
-        (triton.cdiv((height + 1) * (width + 1) if rounds else rows, tall) * strips, batch),
-        *(*images, values, of_all, lines, lines[1], rows, width, channels, tall, CHANNELS, silu, rounds, beside is not None),
+        (triton.cdiv(written, last) * strips, batch),
+        *(*images, values, of_all, lines, lines[1], rows, width, channels, last, CHANNELS, silu, rounds, beside is not None),
         num_warps=4,
     )
     return out
@@ -151,11 +152,11 @@ def is_whole(x: torch.Tensor, groups: int, beside: torch.Tensor | None = None) -
 
 
 def _part(batch, rows, channels):
-    """(positions a tile, tiles a part): large, so that few moments are left to fold, while there are programs enough."""
+    """(positions a tile, tiles a part, positions a tile of the last kernel): large, while there are programs enough."""
     programs = lambda positions: batch * triton.cdiv(rows, positions) * triton.cdiv(channels, CHANNELS)
-    for tall, turns, enough in TILES:
+    for tall, turns, last, enough in TILES:
         if programs(tall * turns) >= enough:
-            return tall, turns
+            return tall, turns, last
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def _apply(
 ):  # fmt: skip
     # from the end; and the strips of some positions after one another: together they are whole rows of memory
     n, strips = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(channels, WIDE)
-    tile, strip, batch = (n // strips).to(tl.int64), n % strips, tl.num_programs(1) - 1 - tl.program_id(1)
+    tile, strip, batch = n // strips, n % strips, tl.num_programs(1) - 1 - tl.program_id(1)
     position, channel = tile * TALL + tl.arange(0, TALL), strip * WIDE + tl.arange(0, WIDE)
     real = channel < channels
     scale = tl.load(scales + batch * channels + channel, real, 0.0)
@@ -291,6 +292,6 @@ def _apply(
         y = y * tl.sigmoid(y)
     if BORDERED:
         y = in_e4m3(tl.where(inside, y, 0.0), 0.0, of_all, position, here, False)
-        at = batch.to(tl.int64) * count * channels + position[:, None] * channels + channel[None, :]
+        at = (batch.to(tl.int64) * count + position)[:, None] * channels + channel[None, :]
         inside = (position < count)[:, None] & real[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), inside)
