@@ -80,15 +80,31 @@ def answer_late(state, tell, job):
 def test_the_next_worker_is_started_once_the_timing_is_over_and_none_is_left_behind():
     seen = []
     with process.Fresh(CPU, ahead=True) as fresh:
-        assert fresh.call(answer_late, "job", on_phase=lambda phase: seen.append((phase, fresh._next))) == "done"
-        assert [phase for phase, _ in seen] == ["timing", process.KEEPING] and seen[0][1] is None
-        waiting = seen[1][1]
+        assert fresh.call(answer_late, "job", on_phase=lambda phase: seen.append((phase, [*fresh._waiting]))) == "done"
+        assert [phase for phase, _ in seen] == ["timing", process.KEEPING] and not seen[0][1]
+        (waiting,) = seen[1][1]
         assert waiting._process.is_alive()
         with fresh.take() as worker:
             assert worker is waiting and worker.call(answer, "job") == 1
         fresh.call(answer_late, "job")
-        last = fresh._next._process
+        last = fresh._waiting[0]._process
     assert not last.is_alive() and not waiting._process.is_alive()
+
+
+def test_workers_that_are_started_together_are_taken_one_after_another(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    with process.Fresh(CPU, ahead=True) as fresh:
+        fresh.start_next(2)
+        two = [*fresh._waiting]
+        fresh.start_next(5)
+        assert len(fresh._waiting) == 3 and fresh._waiting[:2] == two, "no more than cores"
+        fresh.start_next()
+        with fresh.take() as worker:
+            assert worker is two[0] and len(fresh._waiting) == 2
+    assert not any(worker._process.is_alive() for worker in two)
+    with process.Fresh(CPU, ahead=False) as fresh:
+        fresh.start_next(2)
+        assert not fresh._waiting, "forked in no time"
 
 
 def test_a_worker_ends_in_the_middle_of_its_call_when_its_caller_is_killed():

@@ -32,6 +32,7 @@ def take_turns(
         todo = [i for i in jobs if not ledger.is_done(i)]
         try:
             with process.Fresh(process.context(device), ahead=device == "cuda") as fresh:
+                fresh.start_next(len(todo) + sum(jobs[i].recipe.compiles for i in todo))  # what compiles ends, and is loaded anew
                 compiled = _compile_side_by_side(ledger, [jobs[i] for i in todo], fresh, progress, limit_s)
                 todo = [i for i in todo if compiled.get(i, True)]
                 for n, i in enumerate(todo):

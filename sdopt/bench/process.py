@@ -157,7 +157,7 @@ class Fresh:
     """Fresh workers, for one thread or several; with `ahead`, the next imports while this one's call is at its last phases."""
 
     def __init__(self, ctx, ahead):
-        self._ctx, self._ahead, self._next, self._taken = ctx, ahead, None, []
+        self._ctx, self._ahead, self._waiting, self._taken = ctx, ahead, [], []
         self._taking, self.stopped = threading.Lock(), False
 
     def take(self):
@@ -165,15 +165,15 @@ class Fresh:
         with self._taking:
             if self.stopped:
                 raise RowFailed("stopped")
-            worker, self._next = self._next or Worker(self._ctx), None
+            worker = self._waiting.pop(0) if self._waiting else Worker(self._ctx)
             self._taken.append(worker)
         return worker
 
-    def start_next(self):
-        """With `ahead`, let the next worker start and import now."""
+    def start_next(self, count=1):
+        """With `ahead`, let the next `count` workers start and import now: no more than there are cores, those included that wait."""
         with self._taking:
-            if self._ahead and not self._next:
-                self._next = Worker(self._ctx)
+            while self._ahead and len(self._waiting) < min(count, os.cpu_count() or 1):
+                self._waiting.append(Worker(self._ctx))
 
     def stop(self):
         """End all workers that were taken, in whichever thread they are called; `stopped` says that it was so."""
@@ -197,5 +197,5 @@ class Fresh:
         return self
 
     def __exit__(self, *_):
-        if self._next:
-            self._next.stop()
+        for worker in self._waiting:
+            worker.stop()
