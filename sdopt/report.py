@@ -30,6 +30,7 @@ from sdopt.models import model
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("path", "peers", "engine", "break-even", "stages", "quality", "gate", "throughput", *gridtables.KINDS)
 STUDIES = tuple(f"*-{kind}.json" for kind in KINDS)
+LESSONS = ("kernels", "pocket-tradeoff", "fp8-shapes", "fp8-errors")  # what sdopt.bench.lessons measures for the notebooks
 COPIED = ("[0-9]*-*.png", "reference.png", f"*{records.SUFFIX}")  # what lies in the folder of a study
 OPENING = "<!-- sdopt "
 BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.DOTALL)
@@ -96,16 +97,20 @@ def _duration(seconds):
 def add(out, root=None):
     """Copy the studies that were measured into `out`, with pictures, records and searches, to figures/data/<machine>.
 
-    Returns their names. What an older measurement left beside them goes. Raises UserError, before anything is copied, when
-    `out` holds no study, or one that says less than what it would replace.
+    And what `sdopt.bench.lessons` wrote there. Returns their names. What an older measurement left beside them goes. Raises
+    UserError, before anything is copied, when `out` holds no study, or one that says less than what it would replace.
     """
     found = {path: results.read(path) for path in _studies(Path(out))}
-    if not found:
+    lessons = {path: _lesson(path) for name in LESSONS if (path := Path(out) / f"{name}.json").exists()}
+    if not (found or lessons):
         raise UserError(f"{out} holds no result of a run: run `sdopt run --out {out}` first")
     data = Path(root or ROOT) / "figures" / "data"
-    targets = {path: data / results.machine_name(result["environment"]) / path.stem for path, result in found.items()}
+    of_all = found | lessons
+    targets = {path: data / results.machine_name(result["environment"]) / path.stem for path, result in of_all.items()}
     for path, result in found.items():
         _check_whole(path, result, targets[path].with_suffix(".json"))
+    for path, result in lessons.items():
+        _check_parts(path, result, targets[path].with_suffix(".json"))
     for path, result in found.items():
         target = targets[path]
         beside = {file.name: file for pattern in COPIED for file in path.with_suffix("").glob(pattern)}
@@ -117,7 +122,25 @@ def add(out, root=None):
         results.write(target.with_suffix(".json"), result)
         for searched in (Path(out) / "cache").glob(f"{result['settings']['model']}{results.SEARCHES}"):
             results.write_whole(target.with_name(searched.name), searched.read_bytes())
-    return ", ".join(path.name for path in found)
+    for path in lessons:
+        results.write_whole(targets[path].with_suffix(".json"), path.read_bytes())
+    return ", ".join(path.name for path in of_all)
+
+
+def _lesson(path):
+    """What was measured for the notebooks. Raises UserError for a file that is something else."""
+    result = results.read_json(path)
+    if not isinstance(result, dict) or "gpu" not in result.get("environment", ()) or not {"metrics", "rows"} & result.keys():
+        raise UserError(f"{path} is not what `python -m sdopt.bench.lessons` writes: measure it again")
+    return result
+
+
+def _check_parts(path, result, older):
+    """Raise UserError for what was measured for the notebooks if `older` has parts of it that `result` lacks."""
+    parts = lambda found: found.get("metrics") or [row["id"] for row in found["rows"]]
+    before = parts(_lesson(older)) if older.exists() else ()
+    if lost := [part for part in before if part not in parts(result)]:
+        raise UserError(f"{older} has parts that {path} lacks ({', '.join(lost)}): measure them too, or delete it first")
 
 
 def _check_whole(path, result, older):

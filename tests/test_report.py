@@ -217,6 +217,25 @@ def test_what_says_less_than_what_is_recorded_replaces_nothing(tmp_path, checkou
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
 
+def test_what_was_measured_for_the_notebooks_is_added_whole_or_not_at_all(tmp_path, checkout):
+    data = checkout / "figures" / "data"
+    gpu = {"environment": result()["environment"] | {"gpu": "NVIDIA H200"}}
+    results.write_json(tmp_path / "kernels.json", gpu | {"metrics": {"products": [1], "fusions": [2]}})
+    results.write_json(tmp_path / "pocket-tradeoff.json", gpu | {"rows": [{"id": "dpm_10"}]})
+    assert report.add(tmp_path, checkout) == "kernels.json, pocket-tradeoff.json"
+    for name in ("kernels", "pocket-tradeoff"):
+        assert (data / "nvidia-h200" / f"{name}.json").read_bytes() == (tmp_path / f"{name}.json").read_bytes()
+    results.write_json(tmp_path / "pocket-tradeoff.json", gpu | {"rows": [{"id": "dpm_10"}, {"id": "dpm_20"}]})
+    results.write_json(tmp_path / "kernels.json", gpu | {"metrics": {"products": [3]}})  # as a run that was stopped leaves it
+    with pytest.raises(UserError, match=r"has parts that .*kernels.json lacks \(fusions\)"):
+        report.add(tmp_path, checkout)
+    assert len(results.read_json(data / "nvidia-h200" / "pocket-tradeoff.json")["rows"]) == 1, "nor what came with it"
+    for wrong in ([], {"metrics": {}}, gpu):
+        results.write_json(tmp_path / "kernels.json", wrong)
+        with pytest.raises(UserError, match="is not what `python -m sdopt.bench.lessons` writes"):
+            report.add(tmp_path, checkout)
+
+
 def test_adding_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no result of a run"):
         report.add(tmp_path, tmp_path)
