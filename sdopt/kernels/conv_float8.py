@@ -9,7 +9,8 @@ shifted, and the convolution is a product of [positions, 9 * channels] by [9 * c
 
 Operations: 2 * 9 * positions * channels * outputs, plus those for the zeros (6 % of an image of 32 lines, 2 % of one of 128).
 A program computes several tiles where there are more than multiprocessors, as `linear_geglu`'s do: while one is written, the next
-one's numbers are on their way. One scale for the whole input: a position is summed with its neighbours, which a scale of its own would not survive.
+one's numbers are on their way.
+One scale for the whole input: a position is summed with its neighbours, which a scale of its own would not survive.
 """
 
 import torch
