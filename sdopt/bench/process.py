@@ -170,7 +170,7 @@ class Fresh:
         return worker
 
     def start_next(self, count=1):
-        """With `ahead`, let the next `count` workers start and import now: no more than there are cores, those included that wait."""
+        """With `ahead`, let workers start and import now until `count` of them wait, or as many as there are cores."""
         with self._taking:
             while self._ahead and len(self._waiting) < min(count, os.cpu_count() or 1):
                 self._waiting.append(Worker(self._ctx))
