@@ -130,16 +130,26 @@ def add(out, root=None):
 def _lesson(path):
     """What was measured for the notebooks. Raises UserError for a file that is something else."""
     result = results.read_json(path)
-    if not isinstance(result, dict) or "gpu" not in result.get("environment", ()) or not {"metrics", "rows"} & result.keys():
+    try:
+        machine, parts = results.machine_name(result["environment"]), _parts(result)
+    except (AttributeError, KeyError, TypeError):
+        machine, parts = None, {}
+    if not (machine and parts):
         raise UserError(f"{path} is not what `python -m sdopt.bench.lessons` writes: measure it again")
     return result
 
 
+def _parts(result):
+    """{part: how much it says} of what was measured for the notebooks: measurements, or a row's numbers that are there."""
+    if "rows" in result:
+        return {row["id"]: sum(value is not None for value in row.values()) for row in result["rows"]}
+    return {part: len(found) for part, found in result["metrics"].items()}
+
+
 def _check_parts(path, result, older):
-    """Raise UserError for what was measured for the notebooks if `older` has parts of it that `result` lacks."""
-    parts = lambda found: found.get("metrics") or [row["id"] for row in found["rows"]]
-    before = parts(_lesson(older)) if older.exists() else ()
-    if lost := [part for part in before if part not in parts(result)]:
+    """Raise UserError for what was measured for the notebooks if `older` says more in one of its parts."""
+    now, before = _parts(result), _parts(_lesson(older)) if older.exists() else {}
+    if lost := [part for part, said in before.items() if now.get(part, 0) < said]:
         raise UserError(f"{older} has parts that {path} lacks ({', '.join(lost)}): measure them too, or delete it first")
 
 

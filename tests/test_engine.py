@@ -550,6 +550,15 @@ def test_other_kinds_of_adapters(tiny, captured, kind):
     assert_same(*both(tiny))
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_shortcuts_without_a_bias(tiny, captured, every):
+    narrow = [block.conv_shortcut for block in tiny.unet.modules() if getattr(block, "conv_shortcut", None) is not None]
+    for conv in narrow[::every]:
+        conv.bias = None
+    assert len(narrow) > 2
+    assert_same(*both(tiny))
+
+
 @RECORDED
 @pytest.mark.parametrize("part", ["conv2", "conv_shortcut"])
 def test_biases_that_are_added_together_and_changed_in_place_show_in_the_next_picture(tiny, captured, part):

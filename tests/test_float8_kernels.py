@@ -279,6 +279,12 @@ def test_conv_float8(device, dtype, shape):
     assert_convolved(ours, x, weight)
 
 
+def test_conv_float8_of_no_image(device):
+    x = to_float8.Scaled(torch.zeros(0, 5, 6, 16, device=device).to(to_float8.E4M3), torch.ones((), device=device))
+    weight = conv_float8.rounded(random((8, 16, 3, 3), torch.float32, device))
+    assert conv_float8.conv_float8(x, weight).shape == (0, 8, 4, 5)
+
+
 @pytest.mark.parametrize("tile", conv_float8.TILES, ids=str)
 def test_whatever_the_tile_a_convolution_is_the_same(device, tile, monkeypatch):
     """Two tiles and a begun one each way, at least, and channels beyond a step."""
@@ -299,6 +305,7 @@ def test_the_tile_is_the_one_that_is_done_in_the_fewest_turns():
     assert conv_float8.tile(2 * 9**2, 1280, 10, has[1])[:2] == (256, 128)
     ahead = [conv_float8.tile(2 * 129**2, 320, 132, kib * 1024)[-2:] for kib in (227, 99)]
     assert ahead == [(3, True), (2, False)], "a tile that is written beside others takes their place"
+    assert conv_float8.tile(2 * 65**2, 640, 132, 99 * 1024) == (128, 128, 128, 4, 3, False), "nor for fewer steps ahead"
     assert conv_float8.tile(33**2, 1280, *has)[-2:] == (4, False), "a turn is enough"
 
 

@@ -81,6 +81,12 @@ def test_group_norm_adds_a_shift_first(device, shape):
 
 
 @pytest.mark.usefixtures("norm_kernels")
+def test_group_norm_of_no_image(device):
+    x, (weight, bias) = image((0, 60, 5, 7), torch.bfloat16, device), torch.randn(2, 60).bfloat16().to(device)
+    assert group_norm.group_norm(x, 5, weight, bias, shift=weight.expand(0, 60)).shape == x.shape
+
+
+@pytest.mark.usefixtures("norm_kernels")
 def test_group_norm_of_numbers_far_from_zero_keeps_their_spread(device):
     x = image((1, 64, 24, 24), torch.float32, device, mean=1000.0)
     weight, bias = torch.ones(64, device=device), torch.zeros(64, device=device)

@@ -220,20 +220,34 @@ def test_what_says_less_than_what_is_recorded_replaces_nothing(tmp_path, checkou
 def test_what_was_measured_for_the_notebooks_is_added_whole_or_not_at_all(tmp_path, checkout):
     data = checkout / "figures" / "data"
     gpu = {"environment": result()["environment"] | {"gpu": "NVIDIA H200"}}
-    results.write_json(tmp_path / "kernels.json", gpu | {"metrics": {"products": [1], "fusions": [2]}})
-    results.write_json(tmp_path / "pocket-tradeoff.json", gpu | {"rows": [{"id": "dpm_10"}]})
+    kernels, tradeoff = tmp_path / "kernels.json", tmp_path / "pocket-tradeoff.json"
+    results.write_json(kernels, gpu | {"metrics": {"products": [1, 2], "fusions": [3]}})
+    results.write_json(tradeoff, gpu | {"rows": [{"id": "dpm_10", "quality": {}}]})
     assert report.add(tmp_path, checkout) == "kernels.json, pocket-tradeoff.json"
-    for name in ("kernels", "pocket-tradeoff"):
-        assert (data / "nvidia-h200" / f"{name}.json").read_bytes() == (tmp_path / f"{name}.json").read_bytes()
-    results.write_json(tmp_path / "pocket-tradeoff.json", gpu | {"rows": [{"id": "dpm_10"}, {"id": "dpm_20"}]})
-    results.write_json(tmp_path / "kernels.json", gpu | {"metrics": {"products": [3]}})  # as a run that was stopped leaves it
-    with pytest.raises(UserError, match=r"has parts that .*kernels.json lacks \(fusions\)"):
-        report.add(tmp_path, checkout)
-    assert len(results.read_json(data / "nvidia-h200" / "pocket-tradeoff.json")["rows"]) == 1, "nor what came with it"
-    for wrong in ([], {"metrics": {}}, gpu):
-        results.write_json(tmp_path / "kernels.json", wrong)
-        with pytest.raises(UserError, match="is not what `python -m sdopt.bench.lessons` writes"):
+    for path in (kernels, tradeoff):
+        assert (data / "nvidia-h200" / path.name).read_bytes() == path.read_bytes()
+    results.write_json(tradeoff, gpu | {"rows": [{"id": "dpm_10", "quality": {}}, {"id": "dpm_20", "quality": {}}]})
+    for less in ({"products": [1, 2]}, {"products": [1], "fusions": [3]}):  # as runs that were stopped leave them
+        results.write_json(kernels, gpu | {"metrics": less})
+        with pytest.raises(UserError, match=r"has parts that .*kernels.json lacks \((fusions|products)\)"):
             report.add(tmp_path, checkout)
+    assert len(results.read_json(data / "nvidia-h200" / tradeoff.name)["rows"]) == 1, "nor what came with it"
+    kernels.unlink()
+    for rows in ([], [{"id": "dpm_10", "quality": None}, {"id": "dpm_20", "quality": {}}]):
+        results.write_json(tradeoff, gpu | {"rows": rows})
+        with pytest.raises(UserError, match="is not what `python|has parts that .* lacks .dpm_10."):
+            report.add(tmp_path, checkout)
+
+
+@pytest.mark.parametrize("wrong", [
+    *([], 3, {}, {"metrics": {"a": [1]}}, {"environment": None, "metrics": {"a": [1]}}, {"environment": ["gpu"], "metrics": {"a": [1]}}),
+    *({"environment": {"gpu": "x"}, "rows": 3}, {"environment": {"gpu": "x"}, "rows": [{"x": 1}]}),
+    *({"environment": {"gpu": "x"}, "metrics": found} for found in ({}, 3, {"a": 3})),
+], ids=str)  # fmt: skip
+def test_what_was_not_measured_for_the_notebooks_is_not_added_as_that(tmp_path, checkout, wrong):
+    results.write_json(tmp_path / "kernels.json", wrong)
+    with pytest.raises(UserError, match="is not what `python -m sdopt.bench.lessons` writes"):
+        report.add(tmp_path, checkout)
 
 
 def test_adding_a_folder_without_a_run_is_refused(tmp_path):

@@ -51,6 +51,8 @@ def conv_float8(x: Scaled, weight: Scaled, dtype: torch.dtype = torch.bfloat16) 
     shape = batch, outputs, high - 1, wide - 1
     out = torch.empty(shape, dtype=dtype, device=x.values.device, memory_format=torch.channels_last)
     rows = batch * high * wide
+    if not rows:
+        return out
     programs = launch.multiprocessors(x.values)
     tall, across, deep, warps, stages, several = tile(rows, outputs, programs, launch.memory(x.values))
     count = triton.cdiv(rows, tall) * triton.cdiv(outputs, across)

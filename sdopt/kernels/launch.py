@@ -72,7 +72,7 @@ def check_shape(kernel: str, name: str, tensor: torch.Tensor | None, shape: tupl
         return
     if tuple(tensor.shape) != shape:
         raise UserError(f"{kernel}: {name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-    if not (tensor[0] if rows_apart and tensor.ndim == 2 else tensor).is_contiguous():
+    if not (tensor[:1] if rows_apart and tensor.ndim == 2 else tensor).is_contiguous():
         raise UserError(f"{kernel}: {name} is not contiguous: call .contiguous() on it")
 
 
