@@ -132,8 +132,9 @@ def test_what_the_notebooks_say_of_the_recorded_kernels_is_in_the_file():
 
 def test_what_notebook_12_says_of_recorded_waits_is_in_the_files():
     found = results.read_json(RECORDED / "kernels.json")["metrics"]["projections"]
-    launched = [p["launched_s"]["three"] for p in found]  # the same time whatever the size: the CPU's
-    assert max(launched) < 1.05 * min(launched) and max(launched) > 6 * found[0]["kernels_s"]["three"]
+    launched = [p["launched_s"]["three"] for p in found]  # about the same time whatever the size: the CPU's
+    assert found[0]["rows"] == min(p["rows"] for p in found) and max(launched) < 1.05 * launched[0], "none above the smallest's"
+    assert max(launched) < 1.1 * min(launched) and max(launched) > 6 * found[0]["kernels_s"]["three"]
     rows = {row["id"]: row for row in results.read(RECORDED / "sd15-path.json")["rows"]}
     waits = {}
     for name in ("sdpa", "compile"):
