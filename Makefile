@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 FIRST := $(foreach n,04 13 14,$(filter notebooks/$(n)_%,$(NOTEBOOKS)))
+LONG := $(foreach n,quality_gate engine_fp8 resume cli fp8 oracle float8_compiles compilation,tests/test_$(n).py)
 
 .PHONY: run test report lab notebooks badges clean
 
@@ -15,13 +16,14 @@ run: $(INSTALLED)
 	$(BIN)/sdopt run --model pocket --out out
 
 # The notebooks first, two at a time with a thread each, for they time things; the tests look at what they kept. Nothing is
-# found compiled from before: notebook 04, which begins, times a first call, which compiles. The longest do not come last.
+# found compiled from before: notebook 04, which begins, times a first call, which compiles. The longest do not come last,
+# neither among the notebooks nor among the files of tests, which would go by how many tests they hold.
 test: export SDOPT_KEEP := $(abspath $(VENV))/kept
 test: export TORCHINDUCTOR_CACHE_DIR := $(abspath $(VENV))/compiled
 test: $(INSTALLED)
 	rm -rf $(SDOPT_KEEP) $(TORCHINDUCTOR_CACHE_DIR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS))
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)

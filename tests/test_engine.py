@@ -688,6 +688,15 @@ def test_other_pipelines(tiny, captured, kind):
     assert np.array_equal(draw_it(), eager)
 
 
+def test_a_controlnet_that_was_swapped_out_is_restored_too(tiny, captured):
+    pipe, _ = with_controlnet(tiny)
+    engine.prepare(pipe)
+    prepared, pipe.controlnet = pipe.controlnet, with_controlnet(tiny)[0].controlnet
+    assert any("forward" in vars(module) for module in prepared.modules())
+    engine.restore(pipe)
+    assert not any("forward" in vars(module) for module in prepared.modules())
+
+
 @torch.no_grad()
 def test_a_controlnets_residuals_are_inputs(tiny, captured):
     sample, inputs = unet_inputs(residuals=True)

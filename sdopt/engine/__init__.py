@@ -72,11 +72,12 @@ def prepare(
     turned = _contiguous_images(pipe)
     models.start_at_step_zero(pipe)
     _turn(turned, lambda data: data.contiguous(memory_format=torch.channels_last))
-    for part in (denoiser, decoder, getattr(pipe, "controlnet", None)):
+    control = getattr(pipe, "controlnet", None)
+    for part in (denoiser, decoder, control):
         if part is not None:
             fused.fuse(part)
     denoiser.forward = unet.UNet(denoiser, memory, keep)
-    denoiser.forward.before, denoiser.forward.rounding = (turned, None if told else pipe.scheduler), rounding
+    denoiser.forward.before, denoiser.forward.rounding = (turned, None if told else pipe.scheduler, control), rounding
     for part, kind in ((decoder, graphs.Decoder), *((encoder, text.TextEncoder) for encoder in encoders)):
         if not _is_captured(part):
             part.forward = kind(part, memory, keep)
@@ -98,11 +99,11 @@ def restore(pipe):
     if any(map(_is_covered, parts)):
         mend = "call pipe.remove_all_hooks() first, or load the pipeline again where it is offloaded in groups"
         raise UserError(f"offloading was put over the engine: {mend}")
-    turned, scheduler = pipe.unet.forward.before if is_prepared(pipe) else ((), None)
+    turned, scheduler, control = pipe.unet.forward.before if is_prepared(pipe) else ((), None, None)
     captured = [part for part in parts if _is_captured(part)]  # perhaps all but the UNet, if that is another now
     for part in captured:
         del part.forward
-    for part in (*captured, getattr(pipe, "controlnet", None)) if captured else ():
+    for part in (*captured, control, getattr(pipe, "controlnet", None)) if captured else ():  # it may be another now
         if part is not None:
             fused.release(part)
     _turn(turned, lambda data: data.clone(memory_format=torch.contiguous_format))

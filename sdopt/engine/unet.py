@@ -25,7 +25,7 @@ class UNet(graphs.Captured):
     """
 
     rounding = None
-    before = ((), None)  # what `engine.restore` puts back: the weights whose layout was changed, the scheduler
+    before = ((), None, None)  # what `engine.restore` puts back: weights whose layout was changed, scheduler, ControlNet
     held = None  # what is computed once
     last = None  # the timestep of the call before
     picture = 0  # counts them
@@ -53,8 +53,8 @@ class UNet(graphs.Captured):
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def __deepcopy__(self, memo):
-        copied, (turned, scheduler) = super().__deepcopy__(memo), self.before
-        copied.before = [memo[id(weight)] for weight in turned if id(weight) in memo], memo.get(id(scheduler))
+        copied, (turned, *others) = super().__deepcopy__(memo), self.before
+        copied.before = [memo[id(weight)] for weight in turned if id(weight) in memo], *(memo.get(id(part)) for part in others)
         copied.rounding = self.rounding
         return copied
 
