@@ -37,6 +37,7 @@ BLOCK = re.compile(OPENING + r"(\w+) ([\w./-]+) -->\n(.*?)<!-- /sdopt -->", re.D
 STUDY_BLOCKS = {
     "table": tables.markdown,
     "headline": sentences.headline,
+    "race": sentences.race,
     "budget": sentences.budget,
     "levels": tables.levels,
     "rates": stagetables.rates,

@@ -5,6 +5,7 @@ from sdopt.bench.notes import SUBJECTS
 from sdopt.path import NUMBERS
 from sdopt.tables import first_upper
 
+ON_ENGINE = {"engine_bf16": "on our engine", "whole_path_engine": "by the whole path on it", "whole_path_engine_fp8": "by that in fp8"}
 BUSY = 0.9  # of the time of a UNet's calls: a GPU that works for less has been waiting
 
 
@@ -23,6 +24,17 @@ def headline(result):
     if result["settings"]["weights"] == "random":
         said += " The weights are random: the times are the model's, the pictures are noise."
     return said
+
+
+def race(result):
+    """One sentence on a study of the engine: seconds a picture by the baseline, the fastest that was compiled, and the engine."""
+    rows = {row["id"]: row for row in result["rows"] if row["status"] == "ok"}
+    first, _ = figures.ends_of(result)
+    compiled = [row for i, row in rows.items() if i.startswith("compile_")]
+    named = [(min(compiled, key=_median), "compiled")] if compiled else []
+    named += [(rows[i], words) for i, words in ON_ENGINE.items() if i in rows]
+    told = [f"{figures.seconds(_median(row))} {words} ({_speedup(row, first):.1f}x)" for row, words in named]
+    return f"{figures.described(result)}: {', '.join([figures.seconds(_median(first)) + ' by the baseline', *told])}."
 
 
 def budget(result):
@@ -75,5 +87,13 @@ def _samples(n):
     return f"{n} sample{'s' * (n > 1)}"
 
 
+def _median(row):
+    return row["latency_s"]["median"]
+
+
 def _times_faster(row, other):
-    return f"{results.compare(row, other, about=SUBJECTS)['speedup']:.1f} times faster"
+    return f"{_speedup(row, other):.1f} times faster"
+
+
+def _speedup(row, other):
+    return results.compare(row, other, about=SUBJECTS)["speedup"]

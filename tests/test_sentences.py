@@ -1,5 +1,5 @@
 import pytest
-from made_up import bench_result, kernels, result
+from made_up import bench_result, kernels, peers_result, result, row
 
 from sdopt import sentences
 from sdopt.errors import UserError
@@ -13,10 +13,19 @@ def test_the_headline_ends_with_the_ninth_step_and_names_the_recommended_path():
     assert "random" not in sentences.headline(result())
 
 
-def test_without_a_baseline_there_is_no_headline_and_no_budget():
+def test_a_race_names_the_fastest_that_was_compiled_and_the_engines_rows_that_were_measured():
+    made = peers_result()
+    made["rows"] += [row("baseline_fp32", 10.0), row("engine_bf16", 0.8), row("whole_path_engine", 0.4, settings={"steps": 20})]
+    told = sentences.race(made)
+    assert told.startswith("Stable Diffusion XL, random weights (times are real, pictures are noise)")
+    assert ": 10.00 s by the baseline, 1.60 s compiled (6.2x), 0.800 s on our engine (12.5x), " in told
+    assert told.endswith("0.400 s by the whole path on it (25.0x)."), "in fp8 nothing was measured"
+
+
+def test_without_a_baseline_there_is_no_sentence():
     part = result()
     part["rows"] = part["rows"][1:3]
-    for sentence in (sentences.headline, sentences.budget):
+    for sentence in (sentences.headline, sentences.race, sentences.budget):
         with pytest.raises(UserError, match="no baseline"):
             sentence(part)
 
