@@ -15,14 +15,15 @@ LONG := $(foreach n,quality_gate engine_fp8 resume cli fp8 oracle float8_compile
 run: $(INSTALLED)
 	$(BIN)/sdopt run --model pocket --out out
 
-# The notebooks first, two at a time with a thread each, for they time things; the tests look at what they kept. Nothing is
+# Two processes with a thread each. The notebooks first, for they time things; the tests look at what they kept. Nothing is
 # found compiled from before: notebook 04, which begins, times a first call, which compiles. The longest do not come last,
 # neither among the notebooks nor among the files of tests, which would go by how many tests they hold.
+test: export OMP_NUM_THREADS := 1
 test: export SDOPT_KEEP := $(abspath $(VENV))/kept
 test: export TORCHINDUCTOR_CACHE_DIR := $(abspath $(VENV))/compiled
 test: $(INSTALLED)
 	rm -rf $(SDOPT_KEEP) $(TORCHINDUCTOR_CACHE_DIR)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS))
+	$(BIN)/python -m pytest -q -n 2 $(FIRST) $(filter-out $(FIRST),$(NOTEBOOKS))
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests
 
 lab: $(INSTALLED)
