@@ -71,7 +71,7 @@ def _of_products(places):
     parts = []
     for norm, layer, *first in places:
         weight = layer.weight[first[0] :] if first else layer.weight
-        here = (weight.is_cuda or launch.INTERPRETED) and weight.dtype in launch.FLOATS and weight.is_contiguous()
+        here = weight.is_cuda and weight.dtype in launch.FLOATS and weight.is_contiguous()  # interpreted it takes seconds
         parts.append((gated_bound if here else _by_pytorch)(weight, layer.bias, norm.weight, norm.bias, not first))
     return torch._foreach_mul(of_all(parts), [SPARE if len(place) == 3 else SPARE**2 for place in places]) if parts else []
 

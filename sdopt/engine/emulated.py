@@ -17,6 +17,8 @@ from sdopt.engine import bounds, fp8
 from sdopt.kernels import to_float8
 from sdopt.kernels.conv_float8 import flat
 
+ALL = torch.arange(256, dtype=torch.uint8).view(to_float8.E4M3).float()  # numbers of e4m3, in the order of their bits
+
 
 @contextmanager
 def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Module]]:
@@ -30,8 +32,9 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
     with ExitStack() as stack:
         for layer in fp8.every_layer(unet, scales).values():
             if isinstance(layer, fp8.Convolution):
-                weight, takes = to_float8.reference(flat(layer.conv.weight.detach())), bounds.scale_of(*bounds.of_each([layer.after]))
-                stack.enter_context(timing.swapped(layer.conv, "forward", partial(_convolved, layer.conv, weight, takes)))
+                takes = bounds.scale_of(*bounds.of_each([layer.after]))
+                kernel = back(to_float8.reference(flat(layer.conv.weight.detach()))).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+                stack.enter_context(timing.swapped(layer.conv, "forward", partial(_convolved, layer.conv, kernel, takes)))
                 rounded[names[layer.conv]] = layer.conv
                 continue
             takes = of = "row"
@@ -39,7 +42,7 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
                 takes = layer.after and bounds.scale_of(*bounds.of_each([layer.after]))
                 of = bounds.scale_of(torch.stack([part.weight.abs().amax() for part in layer.parts]).amax())
             for part in layer.parts:
-                weight = to_float8.reference(part.weight.detach(), of)
+                weight = back(to_float8.reference(part.weight.detach(), of))
                 stack.enter_context(timing.swapped(part, "forward", partial(_forward, part, weight, takes)))
                 rounded[names[part]] = part
         yield rounded
@@ -47,17 +50,17 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
 
 def back(scaled: to_float8.Scaled) -> torch.Tensor:
     """What rounded numbers stand for, in float32: `values * scale`. Introduced in notebooks/13_fp8."""
-    flat = scaled.values.float().flatten(0, -2) * scaled.scale
-    return flat.view(scaled.values.shape)
+    bits = scaled.values.view(torch.uint8).flatten().int()
+    values = ALL.to(bits.device).index_select(0, bits)  # on a CPU four times as fast as a conversion
+    return (values.view(-1, scaled.values.shape[-1]) * scaled.scale).view(scaled.values.shape)
 
 
 def _forward(part, weight, takes, x):
     takes = bounds.of_values(x) if takes is None else takes
     bias = None if part.bias is None else part.bias.float()
-    return linear(back(to_float8.reference(x, takes)), back(weight), bias).to(part.weight.dtype)
+    return linear(back(to_float8.reference(x, takes)), weight, bias).to(part.weight.dtype)
 
 
-def _convolved(conv, weight, takes, x):
-    kernel = back(weight).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+def _convolved(conv, kernel, takes, x):
     bias = None if conv.bias is None else conv.bias.float()
     return conv2d(back(to_float8.reference(x, takes)), kernel, bias, padding=1).to(conv.weight.dtype)
