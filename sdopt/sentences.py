@@ -13,14 +13,13 @@ def headline(result):
     """One sentence on a path study: its two ends, and the recommended path where it was measured."""
     first, last = figures.ends_of(result)
     said = (
-        f"The same prompt and the same noise, by the baseline in {figures.seconds(first['latency_s']['median'])} and "
-        f"at the end of the path in {figures.seconds(last['latency_s']['median'])}: {_times_faster(last, first)} on "
+        f"The same prompt and the same noise, by the baseline in {_took(first)} and "
+        f"at the end of the path in {_took(last)}: {_times_faster(last, first)} on "
         f"{result['environment']['gpu'] or result['environment']['cpu']}."
     )
     for row in result["rows"]:
         if row["id"] == "recommended" and row["status"] == "ok":
-            median = figures.seconds(row["latency_s"]["median"])
-            said += f" {first_upper(row['label'])} takes {median}: {_times_faster(row, first)} than the baseline."
+            said += f" {first_upper(row['label'])} takes {_took(row)}: {_times_faster(row, first)} than the baseline."
     if result["settings"]["weights"] == "random":
         said += " The weights are random: the times are the model's, the pictures are noise."
     return said
@@ -33,8 +32,8 @@ def race(result):
     compiled = [row for i, row in rows.items() if i.startswith("compile_")]
     named = [(min(compiled, key=_median), "compiled")] if compiled else []
     named += [(rows[i], words) for i, words in ON_ENGINE.items() if i in rows]
-    told = [f"{figures.seconds(_median(row))} {words} ({_speedup(row, first):.1f}x)" for row, words in named]
-    return f"{figures.described(result)}: {', '.join([figures.seconds(_median(first)) + ' by the baseline', *told])}."
+    told = [f"{_took(first)} by the baseline", *(f"{_took(row)} {words} ({_speedup(row, first):.1f}x)" for row, words in named)]
+    return f"{figures.described(result)}: {', '.join(told)}."
 
 
 def budget(result):
@@ -46,9 +45,9 @@ def budget(result):
     stages = {stage: 1e3 * seconds for stage, seconds in figures.stages_s(row).items()}
     beside = ", ".join(f"{figures.NAMES[i]} {stages[i]:.0f}" for i in stages if i != "unet")
     told = (
-        f"At the end of the path a picture takes {1e3 * row['latency_s']['median']:.0f} ms, of which the UNet's "
+        f"At the end of the path a picture takes {1e3 * _median(row):.0f} ms, of which the UNet's "
         f"{row['stages_ms']['unet_calls']} calls take {stages['unet']:.0f} ({beside}). Were nothing left but these calls "
-        f"as they are, the path would be {1e3 * first['latency_s']['median'] / stages['unet']:.1f} times faster than the "
+        f"as they are, the path would be {1e3 * _median(first) / stages['unet']:.1f} times faster than the "
         f"baseline; it is {_times_faster(row, first)}."
     )
     return " ".join([told, *_kernels(row), *_waiting(result["rows"])])
@@ -89,6 +88,10 @@ def _samples(n):
 
 def _median(row):
     return row["latency_s"]["median"]
+
+
+def _took(row):
+    return figures.seconds(_median(row))
 
 
 def _times_faster(row, other):

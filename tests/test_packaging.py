@@ -57,7 +57,7 @@ def test_make_sets_up_before_anything_else(target, tmp_path):
         assert commands[-1].endswith("run --model pocket --out out")
         return
     notebooks, tests = commands[-2:]
-    assert "pytest -q -n 2 " in tests and "pytest -q -n 2 " in notebooks
+    assert "pytest -q -n 2 --dist loadfile --no-loadscope-reorder " in tests and "pytest -q -n 2 " in notebooks
     *first, everything = tests.split("reorder ")[1].split()
     assert everything == "tests" and all((ROOT / path).exists() for path in first)
     named = notebooks.split(" -n 2 ")[1].split()
