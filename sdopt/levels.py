@@ -30,6 +30,15 @@ def pareto(result):
 def recommended(result):
     """{"lossless": row, "balanced": row, "fastest": row} of a quality study: of those that qualify, the fastest.
 
+    Of rows whose times overlap with the fastest one's it is that with the most prompts all right, and of equals the study's
+    first. Raises UserError as `qualifying` does. Introduced in notebooks/10_the_whole_path.
+    """
+    return {level: _best(qualifying(result, level)) for level in LEVELS}
+
+
+def qualifying(result, level):
+    """The rows of a quality study that are good enough for a level, in the study's order.
+
     lossless: the drift from the baseline is within what bf16 alone does to it (mean PSNR and SSIM no lower than the
     intervals of YARDSTICKS reach), and adherence within the baseline's interval and not clearly worse (paired by prompt).
     balanced, fastest: no more than LOST of the objects, nor of the relations, is lost, even at the worse end of the
@@ -43,7 +52,7 @@ def recommended(result):
     base, noise = rows[REFERENCE]["quality"], [rows[i]["quality"] for i in YARDSTICKS if i in rows]
     floor = {name: min(quality[name]["low"] for quality in noise) for name in DRIFT}
 
-    def qualifies(level, quality):
+    def good_enough(quality):
         if quality["change"] is None:
             return True
         if level in LOST:
@@ -52,14 +61,19 @@ def recommended(result):
         kept = all(quality[f]["value"] >= base[f]["low"] and quality["change"][f]["high"] >= 0 for f in FACTS)
         return within and kept
 
-    by_latency = sorted(_candidates(result), key=lambda row: row["latency_s"]["median"])
-    return {level: next(row for row in by_latency if qualifies(level, row["quality"])) for level in LEVELS}
+    return [row for row in _candidates(result) if good_enough(row["quality"])]
 
 
 def speedup(row, result):
     """How many times faster a row is than the baseline of its study, and whether clearly so: see `results.compare`."""
     base = next(row for row in result["rows"] if row["id"] == REFERENCE)
     return results.compare(row, base, about=ABOUT)
+
+
+def _best(rows):
+    fastest = min(rows, key=lambda row: row["latency_s"]["median"])
+    as_fast = [row for row in rows if not results.compare(row, fastest, about=ABOUT)["clear"]]
+    return max(as_fast, key=lambda row: row["quality"][WHOLE]["value"])  # the first of equals
 
 
 def _candidates(result):

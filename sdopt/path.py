@@ -7,11 +7,13 @@ from numbers import Integral
 
 import torch
 
+from sdopt import engine
 from sdopt.attention import fuse_qkv, plain_attention, sdpa
 from sdopt.autoencoders import tiny_vae
 from sdopt.compilation import channels_last, compile_pipeline
 from sdopt.errors import UserError
-from sdopt.guidance import cutoff
+from sdopt.guidance import cutoff, interval
+from sdopt.models import start_at_step_zero
 from sdopt.precision import full_precision, half_precision
 from sdopt.quantization import int8
 from sdopt.schedulers import use_scheduler
@@ -86,27 +88,90 @@ BRINGS_NOTHING = {
 }
 
 
-def recommended(gpu: str | None = None) -> tuple[str, ...]:
+def worthwhile(gpu: str | None = None) -> tuple[str, ...]:
     """The ids of the steps worth taking on `gpu`, in taught order: all, less what brought nothing on such hardware.
 
     `gpu` is a name as `torch.cuda.get_device_name()` gives it, "cuda" the GPU of this machine, "cpu" none, None
     whichever this machine has. On hardware that is not on record every step is worth a try. Introduced in
     notebooks/10_the_whole_path.
     """
-    if gpu in (None, "cuda"):
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    gpu = _named(gpu)
     out = {i for pattern, ids in BRINGS_NOTHING.items() if re.search(pattern, gpu) for i in ids}
     return tuple(i for i in NUMBERS if i not in out)
+
+
+def _named(gpu):
+    if gpu in (None, "cuda"):
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return gpu
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What `prepare` can be given in place of ids: steps, whether on our engine, and how is sampled (see `sampling`)."""
+
+    steps: tuple[str, ...]
+    engine: bool = False
+    scheduler: str | None = None
+    num_steps: int | None = None
+    start: float = 0.0
+    stop: float = 1.0
+
+
+# What `levels` makes of figures/data/nvidia-h200/pocket-quality.json: how each level samples (the rows it recommends are all
+# on the engine), and the steps whose rows alone are not lossless.
+LEVELS = {
+    "lossless": {},
+    "balanced": {"scheduler": "euler", "num_steps": 6},
+    "fastest": {"scheduler": "euler", "num_steps": 4},
+}
+LOSSY = ("tiny_vae", "dpm_20", "cfg_cutoff")
+
+
+def recommended(level: str = "lossless", gpu: str | None = None) -> Recommendation:
+    """What to do to a pipeline for a level of quality, by what pocket's study measured: `prepare` takes it.
+
+    "lossless": no more drift from fp32 than rounding to bf16 makes, adherence unchanged. "balanced" and "fastest": at most
+    2 % and 10 % of objects, or of relations, lost (see `levels.qualifying`). On a CUDA GPU all are drawn by the engine, on a
+    CPU by the steps worth taking there that lose nothing. `gpu` as in `worthwhile`.
+    What is lossless changes rounding alone, and carries over to other models. How few steps do is pocket's own: it draws
+    three solids, and another model needs more.
+    Raises UserError for another level. Introduced in notebooks/10_the_whole_path.
+    """
+    if level not in LEVELS:
+        raise UserError(f"unknown level '{level}': choose one of {', '.join(LEVELS)}")
+    if _named(gpu) != "cpu":
+        return Recommendation(("bf16", "sdpa"), engine=True, **LEVELS[level])
+    return Recommendation(tuple(i for i in worthwhile(gpu) if i not in LOSSY), **LEVELS[level])
+
+
+def sampling(pipe, scheduler: str | None = None, num_steps: int | None = None, start: float = 0.0, stop: float = 1.0) -> dict:
+    """Give `pipe` another scheduler, None keeps its own; returns the call's keywords for `num_steps` and for guidance.
+
+    `num_steps` None leaves the call its number; guided is from `start` to `stop`, shares of the steps (0 and 1: all; 0 and
+    0: never). Raises UserError for no steps, and as `use_scheduler`, `cutoff` and `interval` do. Introduced in
+    notebooks/10_the_whole_path.
+    """
+    if num_steps is not None and num_steps < 1:
+        raise UserError(f"{num_steps} steps draw no picture: use 1 or more")
+    call_kwargs = interval(pipe, start, stop) if start else cutoff(pipe, stop)
+    if num_steps is not None:
+        call_kwargs["num_inference_steps"] = num_steps
+    if scheduler:
+        start_at_step_zero(use_scheduler(pipe, scheduler))
+    return call_kwargs
 
 
 def prepare(pipe, ids, **options):
     """Apply the steps `ids` to a stock pipeline, whatever their order here; returns (pipe, call_kwargs).
 
     A picture is then `pipe(prompt, **call_kwargs)`. `options` are the fields of `Options`. Steps the pipeline carries
-    already are not applied again; there is no way back but to load it again.
+    already are not applied again; there is no way back but to load it again. In place of ids, what `recommended` returns.
     Raises UserError for an unknown step or option, for an option out of range, for a step that had to come before one
-    the pipeline carries, and when a step cannot be applied. Introduced in notebooks/10_the_whole_path.
+    the pipeline carries, when a step cannot be applied, and of what was recommended for a GPU on a CPU. Introduced in notebooks/10_the_whole_path.
     """
+    if isinstance(ids, Recommendation):
+        return _recommended(pipe, ids, options)
     ids, known = tuple(ids), {step.id: step for step in STEPS}
     for unknown in (i for i in ids if i not in known):
         raise UserError(f"unknown step '{unknown}': choose from {', '.join(known)}")
@@ -134,3 +199,11 @@ def prepare(pipe, ids, **options):
         known[i].apply(pipe, o)
         pipe._sdopt_steps = applied = (*applied, i)
     return pipe, call_kwargs
+
+
+def _recommended(pipe, choice, options):
+    if choice.engine and pipe.device.type != "cuda":
+        raise UserError('chosen for a CUDA GPU: call pipe.to("cuda") first, or path.recommended(level, gpu="cpu")')
+    pipe, call_kwargs = prepare(pipe, choice.steps, **options)
+    call_kwargs |= sampling(pipe, choice.scheduler, choice.num_steps, choice.start, choice.stop)
+    return engine.prepare(pipe) if choice.engine else pipe, call_kwargs

@@ -10,7 +10,8 @@ LEVELS_HEADER = ("level", "row", "what", "median", "baseline /", "objects", "rel
 RULE = (
     "lossless: mean PSNR and SSIM no lower than what bf16 alone does to the baseline, adherence within the baseline's "
     "interval and not clearly worse. balanced and fastest: no more than {balanced:.0%} and {fastest:.0%} of the objects, "
-    "nor of the relations, lost, even at the worse end of the interval. Of the rows that qualify, the fastest."
+    "nor of the relations, lost, even at the worse end of the interval. Of the rows that qualify, the fastest; of those whose "
+    "times overlap with its, the one with the most prompts all right."
 )
 
 

@@ -6,7 +6,7 @@ Each against its cost in two panels: how many prompts are all right, and how far
 from operator import itemgetter
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from sdopt import figures, levels, results
 from sdopt.figures import INK, QUIET, SERIES
@@ -53,6 +53,7 @@ def _draw(result, result_path, target, series, words, cost, scale="linear"):
     figure = figures.Plot(figsize=(12, 5.2))
     base = figures.baseline(result["rows"])
     for axes, (measure, times, said) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        shown = [row["quality"][measure]["value"] for points in series.values() for *_, row in points if row["quality"][measure]]
         _band(axes, base and base["quality"][measure], times)
         for colour, points in zip(SERIES, series.values(), strict=False):
             seen = [(x, label, found) for x, label, row in sorted(points, key=itemgetter(0)) if (found := row["quality"][measure])]
@@ -65,11 +66,11 @@ def _draw(result, result_path, target, series, words, cost, scale="linear"):
         costs = sorted({x for points in series.values() for x, *_ in points})
         axes.set_xticks(costs, costs, rotation=60 if len(costs) > 12 else 0, fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
-        low, high = axes.get_ylim()
-        if 0 < low * WIDE < high:
+        if shown and 0 < min(shown) * WIDE < max(shown):
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatted(ScalarFormatter())
+                formatted("{x:g}")
             said += " (logarithmic)"
         axes.set_xlabel(cost, color=QUIET)
         axes.set_ylabel(said, color=QUIET)

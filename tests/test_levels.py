@@ -51,6 +51,12 @@ def test_the_other_levels_lose_no_more_than_they_say_at_the_worse_end():
     assert chosen(*rows) == {"lossless": "bf16", "balanced": "dpm_20", "fastest": "euler_4"}
 
 
+def test_of_rows_as_fast_as_each_other_the_better_is_taken_and_of_equals_the_first():
+    assert chosen(row("quick", 0.099, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "good"
+    assert chosen(row("quick", 0.09, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "quick", "times apart"
+    assert chosen(row("first", 0.1), row("second", 0.099))["lossless"] == "first"
+
+
 def test_a_yardstick_is_never_recommended_and_a_row_that_failed_neither():
     failed = {"id": "compile", "label": "compile", "settings": {}, "status": "failed: out of memory", "quality": None}
     assert chosen(row("noise_seed", 0.01, family="noise"), failed)["fastest"] == "bf16"

@@ -76,3 +76,9 @@ def test_14_drift_notices_first_what_can_be_noticed(kept):
     assert set(needed["middle layer"].values()) == {None}
     assert seen["broken"]["middle layer"]["psnr"] > seen["rows"]["fp32"]["psnr"] - 5
     assert seen["put_back"]
+
+
+def test_14_finds_its_cases_in_the_recorded_study(kept):
+    found = kept(NAME)["cases"]["nvidia-h200"]
+    assert found["nearer"][0] == "unipc_4_steps" and found["farther"][0] == "euler_6_steps"
+    assert found["twins"] == ["unipc_8_steps", "euler_10_steps"]

@@ -7,8 +7,9 @@ from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from tiny import draw, unet_batches
 
-from sdopt import path, results
+from sdopt import levels, path, results
 from sdopt.attention import is_fused
+from sdopt.bench import recipes, sweeps
 from sdopt.compilation import compiled_kind
 from sdopt.errors import UserError
 from sdopt.path import STEPS, Options, prepare
@@ -91,11 +92,11 @@ def test_bad_input_is_refused_before_anything_changes(pocket):
     ("gpu", "left_out"),
     [("NVIDIA H200", {"int8"}), ("NVIDIA H100 80GB HBM3", {"int8"}), ("NVIDIA A100-SXM4-40GB", set())],
 )
-def test_what_brings_nothing_on_a_gpu_is_not_recommended_there(gpu, left_out):
-    assert path.recommended(gpu) == tuple(i for i in TAUGHT if i not in left_out)
+def test_what_brings_nothing_on_a_gpu_is_not_worthwhile_there(gpu, left_out):
+    assert path.worthwhile(gpu) == tuple(i for i in TAUGHT if i not in left_out)
 
 
-def test_recommended_for_a_cpu_is_what_the_recorded_path_bears_out():
+def test_worthwhile_on_a_cpu_is_what_the_recorded_path_bears_out():
     """What is left out did not help clearly in the recorded walk, and nothing that clearly hurt was kept."""
     recorded = Path(path.__file__).parents[1] / "figures" / "data" / "cpu-2-cores" / "pocket-path.json"
     rows = {row["id"]: row for row in results.read(recorded)["rows"]}
@@ -104,7 +105,51 @@ def test_recommended_for_a_cpu_is_what_the_recorded_path_bears_out():
         gain = results.compare(rows[i], rows[before], about)
         helps = gain["clear"] and gain["speedup"] > 1
         hurts = gain["clear"] and gain["speedup"] < 1
-        assert not (helps if i not in path.recommended("cpu") else hurts), i
+        assert not (helps if i not in path.worthwhile("cpu") else hurts), i
+
+
+def recorded_quality():
+    return results.read(Path(path.__file__).parents[1] / "figures" / "data" / "nvidia-h200" / "pocket-quality.json")
+
+
+def test_the_levels_are_what_the_recorded_study_recommends():
+    study, rows = recorded_quality(), {row.id: row for row in sweeps.rows("cuda", 30)}
+    measured = {level: rows[row["id"]] for level, row in levels.recommended(study).items()}
+    for level, row in measured.items():
+        assert row.pipeline == "sweeps" and row.apply is recipes.on_engine and row.steps == ("bf16", "sdpa"), level
+        choice = path.recommended(level, "NVIDIA H200")
+        same = ("scheduler", "num_steps", "start", "stop")
+        assert [getattr(choice, name) for name in same] == [getattr(row, name) for name in same], level
+        assert choice.engine and choice.steps == row.steps
+    assert list(path.LEVELS) == list(levels.LEVELS)
+
+
+def test_lossless_leaves_out_the_steps_that_are_not_lossless_alone():
+    study = recorded_quality()
+    good = {row["id"] for row in levels.qualifying(study, "lossless")}
+    alone = {i: "bf16" if i == "bf16" else f"{i}_alone" for i in TAUGHT[1:]}
+    assert {i for i, row in alone.items() if row not in good} == set(path.LOSSY)
+    assert path.recommended("lossless", "cpu").steps == ("baseline_fp32", "bf16", "sdpa", "compile")
+    assert not path.recommended("fastest", "cpu").engine
+    with pytest.raises(UserError, match="unknown level 'best': choose one of lossless, balanced, fastest"):
+        path.recommended("best")
+
+
+def test_a_recommendation_is_prepared_like_ids(pocket):
+    choice = path.Recommendation(("sdpa",), scheduler="dpm_karras", num_steps=5, stop=0.4)
+    prepared, call = prepare(pocket, choice)
+    assert prepared is pocket and pocket.scheduler.config.use_karras_sigmas and call["num_inference_steps"] == 5
+    with unet_batches(pocket) as batches:
+        draw(pocket, **call)
+    assert batches == [2] * 2 + [1] * 3
+    _, call = prepare(pocket, path.Recommendation((), num_steps=5, start=0.4, stop=0.8))
+    with unet_batches(pocket) as batches:
+        draw(pocket, **call)
+    assert batches == [2, 1, 2, 2, 1], "the first step is guided in any case"
+    with pytest.raises(UserError, match="0 steps draw no picture"):
+        path.sampling(pocket, num_steps=0)
+    with pytest.raises(UserError, match="chosen for a CUDA GPU"):
+        prepare(pocket, path.recommended("balanced", "NVIDIA H200"))
 
 
 def test_int8_is_told_when_it_is_wanted_anyway(sdxl, monkeypatch):

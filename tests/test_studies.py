@@ -21,8 +21,8 @@ def test_a_path_study_has_the_nine_steps_and_the_other_two_baselines(name, monke
     assert [row.id for row in rows] == [*path.NUMBERS, *EXTRAS, "recommended"]
     assert all(row.steps == tuple(path.NUMBERS)[:n] for n, row in enumerate(rows[:9], 1))
     assert [row.options["tf32"] for row in rows[9:11]] == ["everywhere", "nowhere"]
-    assert rows[11].steps == path.recommended("cpu") and rows[11].label == "the path without fused_qkv and int8"
-    monkeypatch.setattr(path, "recommended", lambda gpu: tuple(path.NUMBERS))
+    assert rows[11].steps == path.worthwhile("cpu") and rows[11].label == "the path without fused_qkv and int8"
+    monkeypatch.setattr(path, "worthwhile", lambda gpu: tuple(path.NUMBERS))
     monkeypatch.setattr(quantization, "gains_nowhere", lambda device: True)
     ids = [row.id for row in studies.rows_of(study, "cuda", 30)]
     assert ids == [*path.NUMBERS, *EXTRAS, "int8_anyway"], "what leaves nothing out would be measured twice"

@@ -31,7 +31,7 @@ def begin(state, tell, job):
     return 1.0
 
 
-def measure(state, tell, job, pictures, shelf):
+def measure(state, tell, job, asked, shelf):
     i = job.recipe.id
     assert state["pipeline"] == job.recipe.pipeline
     noted(shelf, i)
@@ -188,7 +188,7 @@ def test_a_real_study_on_a_cpu_leaves_its_file_and_its_records(tmp_path, capsys)
 
 def test_renders_become_features_of_the_oracle(tmp_path):
     shelf = gallery.Shelf(tmp_path / "study" / "shelf")
-    gallery.real({}, lambda phase: None, "cpu", 4, shelf)
+    gallery.real({}, lambda phase: None, "cpu", captions.test_prompts(4), shelf)
     assert np.load(shelf.real).shape == (4, 128)
 
 
@@ -209,4 +209,4 @@ def test_without_the_references_pictures_nothing_is_compared(tmp_path, pocket):
     row = next(row for row in ROWS if row.id == "bf16")
     job = survey.job_of(row, SHARED, survey.Judge(SHARED), "cpu")
     with pytest.raises(process.RowFailed, match="baseline_fp32 was not drawn"):
-        gallery.judge(pocket, job, 4, gallery.Shelf(tmp_path), {})
+        gallery.judge(pocket, job, captions.test_prompts(4), gallery.Shelf(tmp_path), {})

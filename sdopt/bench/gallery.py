@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdopt import compilation, drawing, guidance, models, quality, records, results, schedulers
+from sdopt import compilation, drawing, models, path, quality, records, results
 from sdopt.bench import sensors
 from sdopt.bench.process import RowFailed
 from sdopt.bench.row import as_run, prepare
 from sdopt.bench.sweeps import REFERENCE
-from sdopt.pocket.captions import test_prompts
 from sdopt.pocket.oracle import load_oracle
 from sdopt.pocket.renderer import render
 
@@ -58,24 +57,28 @@ def begin(state, tell, job):
     return time.perf_counter() - start
 
 
-def real(state, tell, device, pictures, shelf):
-    """Render the scenes of the first `pictures` test prompts, and keep what the oracle makes of them: [pictures, 128]."""
+def real(state, tell, device, asked, shelf):
+    """Render the scenes of the prompts `asked`, and keep what the oracle makes of them: [len(asked), 128].
+
+    Not compiled: thousands of renders take less time than the compiler would.
+    """
     tell("renders")
-    scenes, at_once = [prompt.scene for prompt in test_prompts(pictures)], RENDERED[device]
+    scenes, at_once = [prompt.scene for prompt in asked], RENDERED[device]
     oracle, features = load_oracle().to(device), []
-    for start in range(0, pictures, at_once):
+    for start in range(0, len(scenes), at_once):
         with _exactly():
-            features.append(oracle.features(render(scenes[start : start + at_once], device=device)).cpu())
+            rendered = render(scenes[start : start + at_once], device=device, compiled=False)
+            features.append(oracle.features(rendered).cpu())
     shelf.put(shelf.real, torch.cat(features).numpy())
 
 
-def measure(state, tell, job, pictures, shelf):
+def measure(state, tell, job, asked, shelf):
     """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does."""
     numbers, call = timed(state, tell, job)
     tell(PICTURES)
     start = time.perf_counter()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        judged = judge(state["pipe"], job, pictures, shelf, call)
+        judged = judge(state["pipe"], job, asked, shelf, call)
     numbers["took_s"]["pictures"] = time.perf_counter() - start
     return numbers, *judged
 
@@ -103,16 +106,11 @@ def timed(state, tell, job, settling=None):
 def sampling(pipe, own, recipe):
     """Give `pipe` the scheduler of `recipe`, made from the model's `own`; returns the keywords of a call."""
     pipe.scheduler = own
-    if recipe.scheduler:
-        models.start_at_step_zero(schedulers.use_scheduler(pipe, recipe.scheduler))
-    call = {"num_inference_steps": recipe.num_steps} if recipe.num_steps else {}
-    if recipe.start:
-        return call | guidance.interval(pipe, recipe.start, recipe.stop)
-    return call | guidance.cutoff(pipe, recipe.stop)
+    return path.sampling(pipe, recipe.scheduler, recipe.num_steps, recipe.start, recipe.stop)
 
 
-def judge(pipe, job, pictures, shelf, call):
-    """Draw a picture for each of the first `pictures` test prompts by `call`; returns their record and Frechet distance.
+def judge(pipe, job, asked, shelf, call):
+    """Draw a picture for each of the prompts `asked` by `call`; returns their record and Frechet distance.
 
     The reference leaves its pictures on the shelf, the others compare with them. They are drawn many a call, which
     changes their rounding and no more. The distance is None for fewer than ENOUGH. Raises RowFailed where there is
@@ -121,8 +119,8 @@ def judge(pipe, job, pictures, shelf, call):
     recipe, device = job.recipe, pipe.device.type
     if recipe.compares and not shelf.pictures.exists():
         raise RowFailed(f"there are no pictures to compare with: {REFERENCE} was not drawn")
-    others = [np.load(path, mmap_mode="r") for path in (shelf.pictures, shelf.latents)] if recipe.compares else []
-    task = drawing.gallery(models.model(job.model), test_prompts(pictures), AT_ONCE[device], recipe.seed)
+    others = [np.load(file, mmap_mode="r") for file in (shelf.pictures, shelf.latents)] if recipe.compares else []
+    task = drawing.gallery(models.model(job.model), asked, AT_ONCE[device], recipe.seed)
     task = replace(task, height=job.height, width=job.width, steps=job.steps, guidance_scale=job.guidance_scale)
     oracle = load_oracle().to(device)
     agreements, features, drift, drawn, done = [], [], {}, [], 0
@@ -140,7 +138,7 @@ def judge(pipe, job, pictures, shelf, call):
     if drawn:
         _keep(shelf, *(torch.cat(parts).numpy() for parts in zip(*drawn, strict=True)))
     distance = None
-    if pictures >= ENOUGH:
+    if len(asked) >= ENOUGH:
         distance = quality.frechet(torch.cat(features).cpu(), torch.from_numpy(np.load(shelf.real)))  # many small matrices
     return records.of(agreements, drift), distance
 

@@ -128,7 +128,7 @@ def rows_of(study, device, steps):
         return throughput(device)
     if study.kind == "peers":
         return list(PEERS)
-    kept = path.recommended(device)
+    kept = path.worthwhile(device)
     without = [i for i in NINE if i not in kept]
     rows = [*nine(steps), *BASELINES]
     if without:

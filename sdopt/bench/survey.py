@@ -4,14 +4,14 @@ Rows that share a pipeline follow one another in one process, so that each pipel
 A row is first timed as in the other studies, one picture a call, and then draws a picture for each of thousands of prompts,
 hundreds a call. What is seen in every picture is kept beside the result, in OUT/<study>/<row>.json.xz.
 
-How long `pocket-quality` takes on an H200, reckoned before its first run, of 78 rows, 2,560 pictures each:
-- the UNet sees 1.3 million samples in fp32 (9 rows; 4,000 a second and more, from pocket-card.json: 860,000 in less than
-  214 s), 1.6 in bf16 (11 rows; 12,000 a second, from a third of what training computes at 6,067) and 5.8 on the engine (58
-  rows; 15,000 a second): 320 + 130 + 390 s;
-- decoding, and judging with SSIM, oracle and Frechet distance: 1.5 s a row in all: 120 s;
-- compiling: 9 rows in 7 processes, about 20 graphs not found in the cache, 15 s each: 300 s;
-- 16 processes, their imports hidden behind the pictures of the one before, 5 s each, and timing, 0.3 to 6 s a row: 180 s.
-Together 24 minutes, of which the 15 s a graph are the least known. `took_s` of each row says what it was.
+How long `pocket-quality` takes on an H200, by `took_s` of 73 rows that were measured there (80 rows, 2,560 pictures each):
+- a row of a sweep, on the engine: 1.9 s to draw for every 26 samples a picture of the UNet, and 2.7 s for the rest, decoding and
+  judging with SSIM, oracle and Frechet distance: 60 rows, 6 minutes;
+- a row in eager code: 8 to 19 s to time, 15 to 27 s to draw: 10 rows, 6 minutes; int8 in eager code 2.5 minutes;
+- a row that compiles: 40 s until its first picture, 45 s to compile for many pictures and draw them: 8 rows, 11 minutes at most;
+- processes, imports and renders: 1 minute.
+Together 26 minutes at most, less where rows find each other's graphs. Before the prompts were made once for all rows (3 s each),
+and the renderer was no longer compiled for twenty calls (2 minutes), it was 32.
 """
 
 from itertools import groupby
@@ -24,6 +24,7 @@ from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.sweeps import REFERENCE
 from sdopt.bench.walk import LIMIT_S, job_of
 from sdopt.errors import UserError
+from sdopt.pocket.captions import test_prompts
 
 
 def survey(
@@ -43,8 +44,9 @@ def survey(
         ledger = Ledger(out / f"{study}.json", about, [row.id for row in every], True, retry)
         todo = _todo(ledger, rows, every, shelf)
         done = max(0, len(rows) - len(todo))
-        begin = lambda worker, job, **how: _begin(worker, job, shared["pictures"], shelf, **how)
-        measure = lambda worker, job, **how: worker.call(gallery.measure, job, shared["pictures"], shelf, **how)
+        asked = test_prompts(shared["pictures"]) if todo else ()  # once for all processes: it takes seconds
+        begin = lambda worker, job, **how: _begin(worker, job, asked, shelf, **how)
+        measure = lambda worker, job, **how: worker.call(gallery.measure, job, asked, shelf, **how)
         put = lambda job, answer: _put(ledger, job, shared, *answer)
         for _, group in groupby(todo, key=lambda row: row.pipeline):
             jobs = [job_of(row, shared, judge, device, out / "cache") for row in group]
@@ -73,9 +75,9 @@ def _lost(ledger, i):
     return False
 
 
-def _begin(worker, job, pictures, shelf, **how):
-    if pictures >= gallery.ENOUGH and not shelf.real.exists():
-        worker.call(gallery.real, job.device, pictures, shelf, **how)
+def _begin(worker, job, asked, shelf, **how):
+    if len(asked) >= gallery.ENOUGH and not shelf.real.exists():
+        worker.call(gallery.real, job.device, asked, shelf, **how)
     return worker.call(gallery.begin, job, **how)
 
 

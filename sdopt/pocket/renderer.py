@@ -2,7 +2,7 @@
 
 Every pixel is a ray, every quantity a flat tensor over rays. Solids are found by sphere tracing their distance
 functions (Hart 1996; the functions are Inigo Quilez's, https://iquilezles.org/articles/distfunctions); the ground is
-met analytically. Only rays that pass near a solid are traced. On a GPU the arithmetic is compiled into a few kernels.
+met analytically. Only rays that pass near a solid are traced. On a GPU the arithmetic can be compiled into a few kernels.
 """
 
 import math
@@ -215,14 +215,18 @@ def _rays(size: int, device):
 
 
 @torch.no_grad()
-def render(scenes: list[Scene], size: int = 256, device: str | torch.device = "cpu", samples: int = 2) -> torch.Tensor:
+def render(
+    scenes: list[Scene], size: int = 256, device: str | torch.device = "cpu", samples: int = 2, compiled: bool | None = None
+) -> torch.Tensor:
     """Draw scenes: uint8 [N, 3, size, size] in sRGB on `device`; `samples` squared rays are averaged a pixel.
 
+    `compiled`: whether torch.compile makes its arithmetic a few kernels, which takes a minute or two once and pays from
+    tens of thousands of pictures on; None: on a GPU.
     Source: sphere tracing (Hart 1996) with soft shadows and ambient occlusion after Quilez.
     Introduced in notebooks/14_is_it_still_the_same_picture.
     """
     device = torch.device(device)
-    kernel = _kernels(device.type == "cuda")
+    kernel = _kernels(device.type == "cuda" if compiled is None else compiled)
     things, look = _tensors(scenes, device)
     n, rays = len(scenes), (size * samples) ** 2
     scene = torch.arange(n, device=device).repeat_interleave(rays)
