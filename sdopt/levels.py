@@ -10,7 +10,7 @@ WHOLE = "prompts_all_right"
 DRIFT = ("psnr_db", "ssim")
 LOST = {"balanced": 0.02, "fastest": 0.10}  # how much of the objects, and of the relations, may be lost at most
 LEVELS = ("lossless", *LOST)
-ABOUT = ("steps", "scheduler", "cutoff", "start", "stop", "seed", "int8_anyway", "int8_every_layer")
+ABOUT = ("steps", "scheduler", "cutoff", "start", "stop", "seed", "runs", "int8_anyway", "int8_every_layer")
 
 
 def pareto(result):

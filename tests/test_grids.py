@@ -224,7 +224,7 @@ def test_on_a_gpu_calls_that_settle_are_short_and_the_engine_captures_each_batch
     for batch in (1, 2):
         task = drawing.Task(64, 64, 4, 3.0, (("a red sphere",) * batch,), (tuple(range(batch)),))
         with unet_batches(pipe) as batches:
-            drawing.measure(pipe, task, settling=sharing.SETTLING)
+            drawing.measure(pipe, task, settling=gallery.SETTLING)
         calls = 4 + 2 + 4 + 4 * timing.STAGE_CALLS  # the first one, one of two steps to settle, the timed one, the stages
         assert batches == [2 * batch] * calls
         assert len(pipe.unet.forward.entries) == 1

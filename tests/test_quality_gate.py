@@ -19,7 +19,7 @@ from sdopt import records, report, results
 from sdopt.bench import gallery, studies, sweeps
 from sdopt.bench.judge import Judge
 from sdopt.bench.walk import job_of
-from sdopt.pocket.captions import test_prompts
+from sdopt.pocket import captions
 
 FOLDER = report.ROOT / "figures" / "data" / "cpu-2-cores"
 RECORDED = results.read(FOLDER / "pocket-gate.json")
@@ -62,7 +62,7 @@ def faults(i, shelf, wrong=lambda pipe, call: None):
     gallery.begin(state, lambda phase: None, job)
     pipe, call = state["pipe"], gallery.sampling(state["pipe"], state["scheduler"], recipe)
     wrong(pipe, call)
-    record, _ = gallery.judge(pipe, job, test_prompts(SHARED["pictures"]), shelf, call)
+    record, _ = gallery.judge(pipe, job, captions.test_prompts(SHARED["pictures"]), shelf, call)
     quality = records.quality(record)
     recorded = next(row for row in RECORDED["rows"] if row["id"] == i)
     seen = {measure: quality[measure]["value"] for measure in intervals(recorded)}

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,48 @@ def test_the_reference_is_drawn_first_where_its_pictures_are_needed(tmp_path):
         file.unlink()
     study(tmp_path, ROWS[4:5])
     assert log(tmp_path) == ["baseline_fp32", "bf16", "baseline_fp32", "euler_4_steps"]
+
+
+COMPILED = [row for row in sweeps.rows("cpu", 2) if row.id in ("compile", "tiny_vae", "dpm_20")]
+
+
+def compile_ahead(state, tell, jobs, asked):
+    folder = jobs[0].cache.parent / "ahead"
+    folder.mkdir(exist_ok=True)
+    (folder / "-".join(job.recipe.id for job in jobs)).touch()
+    if jobs[0].recipe.id == "compile":
+        raise MemoryError("out of memory")
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(4, {"compile", "tiny_vae-dpm_20"}), (2, set())])
+def test_what_compiles_does_so_side_by_side_before_anything_is_timed(tmp_path, monkeypatch, cores, ahead):
+    monkeypatch.setattr(gallery, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    rows, told = [*ROWS, *COMPILED], []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("begin", "measure"):
+            patch.setattr(gallery, name, globals()[name])
+        made = survey.survey(SHARED, rows, "cpu", tmp_path, lambda done, text: told.append(text))
+    status = {row["id"]: row["status"] for row in made["rows"]}
+    assert {path.name for path in tmp_path.glob("ahead/*")} == ahead
+    assert all(status[row.id] == "ok" for row in COMPILED), "one that failed ahead may still succeed"
+    assert told[0].startswith("compiling what 3 rows need, 2 processes" if ahead else "baseline_fp32: ")
+
+
+def test_ahead_of_its_rows_a_pipeline_meets_one_picture_and_many_on_both_sides_of_a_cutoff(tmp_path, monkeypatch):
+    row = next(row for row in sweeps.rows("cpu", 2) if row.id == "cutoff_0.4")
+    jobs, state = [survey.job_of(row, SHARED, survey.Judge(SHARED), "cpu")], {}
+    monkeypatch.setattr(gallery, "begin", lambda state, tell, job: state.update(shared_pipe()))
+    gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3))
+    assert state["batches"] == [2, 1, 6, 3]
+
+
+def shared_pipe():
+    """The state that `gallery.begin` leaves, with the batches that the UNet sees."""
+    pipe, batches = models.load("pocket"), []
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.register_forward_pre_hook(lambda unet, args: batches.append(len(args[0])))
+    return {"pipe": pipe, "scheduler": pipe.scheduler, "drawn": None, "batches": batches}
 
 
 def test_rows_say_what_they_are_and_what_they_cost(tmp_path):

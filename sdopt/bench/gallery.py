@@ -21,6 +21,7 @@ from sdopt.pocket.renderer import render
 PICTURES = "pictures"  # the phase after all that is timed
 AT_ONCE = {"cuda": 256, "cpu": 8}  # pictures a call
 RENDERED = {"cuda": 128, "cpu": 4}
+SETTLING = {"num_inference_steps": 2}  # of calls that warm up: every shape is met, on both sides of a cutoff
 ENOUGH = 256  # pictures for a Frechet distance: of fewer than the 128 features, a covariance says nothing
 SHEET, SIDE = 24, 64  # the reference's first pictures, and how small they are kept for people to see
 
@@ -72,6 +73,17 @@ def real(state, tell, device, asked, shelf):
     shelf.put(shelf.real, torch.cat(features).numpy())
 
 
+def compile_ahead(state, tell, jobs, asked):
+    """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for one picture, and for many."""
+    begin(state, tell, jobs[0])
+    pipe, few = state["pipe"], asked[: AT_ONCE[state["pipe"].device.type]]
+    for job in jobs:
+        call = sampling(pipe, state["scheduler"], job.recipe) | SETTLING
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            for task in (job, _task(job, few, pipe.device.type)):
+                drawing.drawer(pipe, task, **call)(0, "pt")
+
+
 def measure(state, tell, job, asked, shelf):
     """After `begin`: time the row of `job`, then draw and judge its pictures; returns its numbers and what `judge` does."""
     numbers, call = timed(state, tell, job)
@@ -120,8 +132,7 @@ def judge(pipe, job, asked, shelf, call):
     if recipe.compares and not shelf.pictures.exists():
         raise RowFailed(f"there are no pictures to compare with: {REFERENCE} was not drawn")
     others = [np.load(file, mmap_mode="r") for file in (shelf.pictures, shelf.latents)] if recipe.compares else []
-    task = drawing.gallery(models.model(job.model), asked, AT_ONCE[device], recipe.seed)
-    task = replace(task, height=job.height, width=job.width, steps=job.steps, guidance_scale=job.guidance_scale)
+    task = _task(job, asked, device)
     oracle = load_oracle().to(device)
     agreements, features, drift, drawn, done = [], [], {}, [], 0
     for images, latents in drawing.pictures(pipe, task, **call):
@@ -141,6 +152,11 @@ def judge(pipe, job, asked, shelf, call):
     if len(asked) >= ENOUGH:
         distance = quality.frechet(torch.cat(features).cpu(), torch.from_numpy(np.load(shelf.real)))  # many small matrices
     return records.of(agreements, drift), distance
+
+
+def _task(job, asked, device):
+    task = drawing.gallery(models.model(job.model), asked, AT_ONCE[device], job.recipe.seed)
+    return replace(task, height=job.height, width=job.width, steps=job.steps, guidance_scale=job.guidance_scale)
 
 
 def _keep(shelf, images, latents):

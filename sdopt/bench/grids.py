@@ -48,8 +48,8 @@ class Shared(Sampled):
         return max(runs // 3, min(runs, FEWEST)) if self.batch and self.batch >= LARGE else runs
 
     def differs(self, shared):
-        own = {"batch": self.batch or shared["batch"], "runs": self.runs(shared["runs"])}
-        return super().differs(shared) | {key: value for key, value in own.items() if value != shared[key]}
+        batch = self.batch or shared["batch"]
+        return super().differs(shared) | ({"batch": batch} if batch != shared["batch"] else {})
 
 
 WAYS = {  # of drawing a batch: label, what is applied, how long it takes

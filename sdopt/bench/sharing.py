@@ -15,8 +15,6 @@ from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.walk import LIMIT_S, job_of
 
-SETTLING = {"num_inference_steps": 2}  # of calls that warm up: every shape is met, on both sides of a cutoff
-
 
 def share(shared, rows, device, out, progress=lambda done, text: None, every=None, retry=False, limit_s=LIMIT_S, study=None):
     """Measure the rows `rows` with the `shared` settings; returns the result, written to `out` after every row.
@@ -82,7 +80,7 @@ def measure(state, tell, job):
     """After `gallery.begin`: time the row of `job`; returns its numbers, in a tuple of their own."""
     if job.recipe.renewed and state["drawn"]:
         renew(state["pipe"], job.recipe)
-    return (gallery.timed(state, tell, job, SETTLING)[0],)
+    return (gallery.timed(state, tell, job, gallery.SETTLING)[0],)
 
 
 def renew(pipe, recipe):

@@ -17,6 +17,7 @@ STEPS = (4, 6, 8, 10, 15, 20, 30, 50)
 CUTOFFS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 STARTS, STOPS = (0.1, 0.2, 0.4), (0.4, 0.6, 0.8, 1.0)  # of guidance in an interval; from 0 on it is a cutoff
 CUT = path.Options().cutoff
+FEW = 3  # runs that are timed of a row whose pictures take seconds each
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sampled(Recipe):
     """A row of a quality study: a pipeline (a recipe; rows of one `pipeline` share it) and how it samples.
 
     `scheduler` and `num_steps` None are the study's own; guided from `start` to `stop`, shares of the steps; `seed` is
-    where the pictures' seeds begin.
+    where the pictures' seeds begin. `slow`: a picture takes seconds, and FEW runs are timed.
     """
 
     pipeline: str = ""
@@ -34,6 +35,11 @@ class Sampled(Recipe):
     start: float = 0.0
     stop: float = 1.0
     seed: int = 0
+    slow: bool = False
+
+    def runs(self, runs):
+        """How many runs are timed where the study's own number is `runs`."""
+        return min(runs, FEW) if self.slow else runs
 
     @property
     def compares(self):
@@ -47,6 +53,7 @@ class Sampled(Recipe):
     def differs(self, shared):
         """Its settings beside the study's `shared` ones, as a result file names them."""
         own = {"scheduler": self.scheduler or shared["scheduler"], "steps": self.num_steps or shared["steps"]}
+        own["runs"] = self.runs(shared["runs"])
         own = {key: value for key, value in own.items() if value != shared[key]}
         if self.start:
             own |= {"start": self.start, "stop": self.stop}
@@ -97,8 +104,8 @@ def _alone(i, steps):
     more = {"pipeline": f"{i}_alone", "family": "alone"}
     if i in CALLS:
         return Sampled(f"{i}_alone", label, NINE[:1], **more | {"pipeline": REFERENCE} | sampling(i, steps))
-    anyway = {"int8_anyway": True} if i == "int8" else {}
-    return Sampled(f"{i}_alone", label, (REFERENCE, i), anyway, settings=anyway, **more)
+    anyway = {"int8_anyway": True} if i == "int8" else {}  # torchao's int8, which is made for a compiler, takes seconds
+    return Sampled(f"{i}_alone", label, (REFERENCE, i), anyway, settings=anyway, slow=bool(anyway), **more)
 
 
 def sampling(i, steps):
