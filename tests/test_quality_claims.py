@@ -96,3 +96,10 @@ def test_what_the_readme_says_of_the_steps():
     assert lost["tiny_vae"] == pytest.approx(lost["cfg_cutoff"] / 2, rel=0.2)
     assert changed("dpm_20_alone") >= 0 and changed("dpm_20_alone", "objects") >= 0
     assert round(AT["dpm_20_alone"]["psnr_db"]["value"]) == 46 and round(AT["engine_fp8"]["psnr_db"]["value"]) == 42
+
+
+def test_13_fp8_drifts_and_loses_nothing():
+    row, tensor = AT["engine_fp8"], AT["engine_fp8_tensor"]
+    assert row["psnr_db"]["high"] < AT["engine_bf16"]["psnr_db"]["low"] - 5, "several decibels beyond bf16"
+    assert tensor["psnr_db"]["value"] >= row["psnr_db"]["value"], "a scale a tensor drifts no further"
+    assert all(found["change"][fact]["low"] > -0.005 for found in (row, tensor) for fact in levels.FACTS)
