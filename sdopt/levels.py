@@ -1,4 +1,4 @@
-"""Which rows of a quality study to take: the front of quality against latency, and three levels on it by a stated rule."""
+"""Which rows of a quality study to take: the front of quality against latency, and three levels by a stated rule."""
 
 from sdopt import results
 from sdopt.errors import UserError
@@ -10,6 +10,7 @@ WHOLE = "prompts_all_right"
 DRIFT = ("psnr_db", "ssim")
 LOST = {"balanced": 0.02, "fastest": 0.10}  # how much of the objects, and of the relations, may be lost at most
 LEVELS = ("lossless", *LOST)
+AS_FAST = 1.05  # times the fastest median at most
 ABOUT = ("steps", "scheduler", "cutoff", "start", "stop", "seed", "runs", "int8_anyway", "int8_every_layer")
 
 
@@ -17,6 +18,7 @@ def pareto(result):
     """The rows of a quality study that no other beats, the fastest first: none is as fast and has more prompts all right.
 
     By median latency and the share of prompts of which everything is in the picture; yardsticks are no candidates.
+    Introduced in notebooks/10_the_whole_path.
     """
     best, front = -1.0, []
     quality = lambda row: row["quality"][WHOLE]["value"]
@@ -30,8 +32,8 @@ def pareto(result):
 def recommended(result):
     """{"lossless": row, "balanced": row, "fastest": row} of a quality study: of those that qualify, the fastest.
 
-    Of rows whose times overlap with the fastest one's it is that with the most prompts all right, and of equals the study's
-    first. Raises UserError as `qualifying` does. Introduced in notebooks/10_the_whole_path.
+    Of rows that are AS_FAST as the fastest, and whose times overlap with its, it is that with the most prompts all right, and
+    of equals the study's first. Raises UserError as `qualifying` does. Introduced in notebooks/10_the_whole_path.
     """
     return {level: _best(qualifying(result, level)) for level in LEVELS}
 
@@ -42,8 +44,8 @@ def qualifying(result, level):
     lossless: the drift from the baseline is within what bf16 alone does to it (mean PSNR and SSIM no lower than the
     intervals of YARDSTICKS reach), and adherence within the baseline's interval and not clearly worse (paired by prompt).
     balanced, fastest: no more than LOST of the objects, nor of the relations, is lost, even at the worse end of the
-    paired interval; the drift may be any. The baseline qualifies for all. Raises UserError where it or the yardstick was
-    not measured.
+    paired interval; the drift may be any. The baseline qualifies for all, a row that was not compared with it for none.
+    Raises UserError where it or the yardstick was not measured. Introduced in notebooks/10_the_whole_path.
     """
     rows = {row["id"]: row for row in result["rows"] if row["status"] == "ok"}
     missing = [i for i in (REFERENCE, YARDSTICKS[0]) if i not in rows]
@@ -52,16 +54,17 @@ def qualifying(result, level):
     base, noise = rows[REFERENCE]["quality"], [rows[i]["quality"] for i in YARDSTICKS if i in rows]
     floor = {name: min(quality[name]["low"] for quality in noise) for name in DRIFT}
 
-    def good_enough(quality):
+    def good_enough(row):
+        quality = row["quality"]
         if quality["change"] is None:
-            return True
+            return row["id"] == REFERENCE
         if level in LOST:
             return all(quality["change"][fact]["low"] >= -LOST[level] for fact in FACTS)
         within = all(quality[name] and quality[name]["value"] >= floor[name] for name in DRIFT)
         kept = all(quality[f]["value"] >= base[f]["low"] and quality["change"][f]["high"] >= 0 for f in FACTS)
         return within and kept
 
-    return [row for row in _candidates(result) if good_enough(row["quality"])]
+    return [row for row in _candidates(result) if good_enough(row)]
 
 
 def speedup(row, result):
@@ -72,7 +75,8 @@ def speedup(row, result):
 
 def _best(rows):
     fastest = min(rows, key=lambda row: row["latency_s"]["median"])
-    as_fast = [row for row in rows if not results.compare(row, fastest, about=ABOUT)["clear"]]
+    compared = [(row, results.compare(row, fastest, about=ABOUT)) for row in rows]
+    as_fast = [row for row, gain in compared if not gain["clear"] and 1 / gain["speedup"] <= AS_FAST]
     return max(as_fast, key=lambda row: row["quality"][WHOLE]["value"])  # the first of equals
 
 

@@ -1,9 +1,9 @@
 """The nine steps as data: taught in one order, applied in another."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 
@@ -16,7 +16,8 @@ from sdopt.guidance import cutoff, interval
 from sdopt.models import start_at_step_zero
 from sdopt.precision import full_precision, half_precision
 from sdopt.quantization import int8
-from sdopt.schedulers import use_scheduler
+from sdopt.schedulers import SCHEDULERS, use_scheduler
+from sdopt.timing import compiled_parts
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def worthwhile(gpu: str | None = None) -> tuple[str, ...]:
     """The ids of the steps worth taking on `gpu`, in taught order: all, less what brought nothing on such hardware.
 
     `gpu` is a name as `torch.cuda.get_device_name()` gives it, "cuda" the GPU of this machine, "cpu" none, None
-    whichever this machine has. On hardware that is not on record every step is worth a try. Introduced in
-    notebooks/10_the_whole_path.
+    whichever this machine has. On hardware that is not on record every step is worth a try.
+    Raises UserError for what is no name. Introduced in notebooks/10_the_whole_path.
     """
     gpu = _named(gpu)
     out = {i for pattern, ids in BRINGS_NOTHING.items() if re.search(pattern, gpu) for i in ids}
@@ -101,9 +102,12 @@ def worthwhile(gpu: str | None = None) -> tuple[str, ...]:
 
 
 def _named(gpu):
-    if gpu in (None, "cuda"):
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return gpu
+    """The name of a GPU, or "cpu"."""
+    if gpu is not None and not (isinstance(gpu, str) and gpu):
+        raise UserError(f'gpu is {gpu!r}: give its name, "cuda", "cpu" or None')
+    if gpu is None or re.fullmatch(r"cuda(:\d+)?", gpu, re.IGNORECASE):
+        return torch.cuda.get_device_name(gpu and gpu.lower()) if torch.cuda.is_available() else "cpu"
+    return "cpu" if gpu.lower() == "cpu" else gpu
 
 
 @dataclass(frozen=True)
@@ -132,46 +136,72 @@ def recommended(level: str = "lossless", gpu: str | None = None) -> Recommendati
     """What to do to a pipeline for a level of quality, by what pocket's study measured: `prepare` takes it.
 
     "lossless": no more drift from fp32 than rounding to bf16 makes, adherence unchanged. "balanced" and "fastest": at most
-    2 % and 10 % of objects, or of relations, lost (see `levels.qualifying`). On a CUDA GPU all are drawn by the engine, on a
-    CPU by the steps worth taking there that lose nothing. `gpu` as in `worthwhile`.
-    What is lossless changes rounding alone, and carries over to other models. How few steps do is pocket's own: it draws
-    three solids, and another model needs more.
-    Raises UserError for another level. Introduced in notebooks/10_the_whole_path.
+    2 % and 10 % of the objects, and of the relations, lost (see `levels.qualifying`). On a CUDA GPU all are drawn by the
+    engine, on a CPU by the steps worth taking there that lose nothing. `gpu` as in `worthwhile`.
+    What is lossless changes rounding alone, and should carry over to other models, which was not measured. How few steps do
+    is pocket's own: it draws three solids, and another model needs more.
+    Raises UserError for another level, and as `worthwhile` does. Introduced in notebooks/10_the_whole_path.
     """
-    if level not in LEVELS:
-        raise UserError(f"unknown level '{level}': choose one of {', '.join(LEVELS)}")
+    if level not in tuple(LEVELS):
+        raise UserError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
     if _named(gpu) != "cpu":
         return Recommendation(("bf16", "sdpa"), engine=True, **LEVELS[level])
     return Recommendation(tuple(i for i in worthwhile(gpu) if i not in LOSSY), **LEVELS[level])
 
 
 def sampling(pipe, scheduler: str | None = None, num_steps: int | None = None, start: float = 0.0, stop: float = 1.0) -> dict:
-    """Give `pipe` another scheduler, None keeps its own; returns the call's keywords for `num_steps` and for guidance.
+    """Give `pipe` another scheduler, made from its own; returns the call's keywords for `num_steps` and for guidance.
 
-    `num_steps` None leaves the call its number; guided is from `start` to `stop`, shares of the steps (0 and 1: all; 0 and
-    0: never). Raises UserError for no steps, and as `use_scheduler`, `cutoff` and `interval` do. Introduced in
-    notebooks/10_the_whole_path.
+    `scheduler` None: its own again, that is the one it had when this was called first, or that it was given since by other
+    means. `num_steps` None leaves the call its number; guided is from `start` to `stop`, shares of the steps (0 and 1: all;
+    0 and 0: never). Raises UserError, before anything changes, for another scheduler, for no whole number of steps, and as
+    `cutoff` and `interval` do. Introduced in notebooks/10_the_whole_path.
     """
-    if num_steps is not None and num_steps < 1:
-        raise UserError(f"{num_steps} steps draw no picture: use 1 or more")
-    call_kwargs = interval(pipe, start, stop) if start else cutoff(pipe, stop)
-    if num_steps is not None:
-        call_kwargs["num_inference_steps"] = num_steps
+    call_kwargs = _call(pipe, scheduler, num_steps, start, stop)
+    own, given = getattr(pipe, "_sdopt_schedulers", (None, None))
+    if pipe.scheduler is not given:
+        own = pipe.scheduler
+    pipe.scheduler = own
     if scheduler:
         start_at_step_zero(use_scheduler(pipe, scheduler))
+    pipe._sdopt_schedulers = own, pipe.scheduler
     return call_kwargs
+
+
+def _call(pipe, scheduler, num_steps, start, stop):
+    if scheduler is not None and scheduler not in tuple(SCHEDULERS):
+        raise UserError(f"unknown scheduler {scheduler!r}: choose one of {', '.join(SCHEDULERS)}, or None")
+    if num_steps is not None:
+        _check_steps(num_steps)
+    if not all(isinstance(share, Real) for share in (start, stop)):
+        raise UserError(f"guidance from {start!r} to {stop!r} is no interval: give shares of the steps, from 0 to 1")
+    steps = {} if num_steps is None else {"num_inference_steps": num_steps}
+    return (interval(pipe, start, stop) if start else cutoff(pipe, stop)) | steps
+
+
+def _check_steps(steps):
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+        raise UserError(f"{steps} steps draw no picture: use 1 or more, a whole number")
 
 
 def prepare(pipe, ids, **options):
     """Apply the steps `ids` to a stock pipeline, whatever their order here; returns (pipe, call_kwargs).
 
     A picture is then `pipe(prompt, **call_kwargs)`. `options` are the fields of `Options`. Steps the pipeline carries
-    already are not applied again; there is no way back but to load it again. In place of ids, what `recommended` returns.
+    already are not applied again; there is no way back but to load it again. In place of ids: a level of `recommended`, for the
+    device that the pipeline is on, or what `recommended` returned.
     Raises UserError for an unknown step or option, for an option out of range, for a step that had to come before one
-    the pipeline carries, when a step cannot be applied, and of what was recommended for a GPU on a CPU. Introduced in notebooks/10_the_whole_path.
+    the pipeline carries, when a step cannot be applied, and when a recommendation meets a pipeline it is not for. Introduced
+    in notebooks/10_the_whole_path.
     """
+    if isinstance(ids, str):
+        if ids in NUMBERS:
+            raise UserError(f"'{ids}' is one step: give a list of steps, [\"{ids}\"]")
+        ids = recommended(ids, str(pipe.device))
     if isinstance(ids, Recommendation):
         return _recommended(pipe, ids, options)
+    if not isinstance(ids, Iterable):
+        raise UserError(f"{ids!r} is no list of steps: give their ids, a level, or what path.recommended() returns")
     ids, known = tuple(ids), {step.id: step for step in STEPS}
     for unknown in (i for i in ids if i not in known):
         raise UserError(f"unknown step '{unknown}': choose from {', '.join(known)}")
@@ -179,8 +209,7 @@ def prepare(pipe, ids, **options):
     for unknown in (name for name in options if name not in names):
         raise UserError(f"unknown option '{unknown}': choose from {', '.join(names)}")
     o = Options(**options)
-    if not isinstance(o.steps, Integral) or o.steps < 1:
-        raise UserError(f"{o.steps} steps draw no picture: use 1 or more, a whole number")
+    _check_steps(o.steps)
     if not isinstance(o.compiler, dict):
         raise UserError(f"compiler is {o.compiler!r}: give the keywords of compile_pipeline as a dict")
     applied = getattr(pipe, "_sdopt_steps", ())
@@ -202,8 +231,17 @@ def prepare(pipe, ids, **options):
 
 
 def _recommended(pipe, choice, options):
+    """As `prepare`; what can be refused is, before anything changes."""
+    carried = [i for i in getattr(pipe, "_sdopt_steps", ()) if i not in choice.steps and i in LOSSY]
+    if carried:
+        raise UserError(f"the pipeline carries '{carried[0]}', which this leaves out: load it again")
     if choice.engine and pipe.device.type != "cuda":
         raise UserError('chosen for a CUDA GPU: call pipe.to("cuda") first, or path.recommended(level, gpu="cpu")')
+    if choice.engine and compiled_parts(pipe.unet):
+        raise UserError("the pipeline is compiled, which is another way to what the engine does: load it again")
+    sampled = choice.scheduler, choice.num_steps, choice.start, choice.stop
+    _call(pipe, *sampled)
     pipe, call_kwargs = prepare(pipe, choice.steps, **options)
-    call_kwargs |= sampling(pipe, choice.scheduler, choice.num_steps, choice.start, choice.stop)
-    return engine.prepare(pipe) if choice.engine else pipe, call_kwargs
+    if choice.engine:
+        engine.prepare(pipe)
+    return pipe, call_kwargs | sampling(pipe, *sampled)

@@ -246,7 +246,8 @@ def markdown(result):
 def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
     grid = pagetables.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
-    return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{first_upper(qualitytables.rule())}"
+    told = f"{first_upper(qualitytables.rule())} {qualitytables.again(result)}".rstrip()
+    return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{told}"
 
 
 def kernels(result):

@@ -55,6 +55,21 @@ def test_of_rows_as_fast_as_each_other_the_better_is_taken_and_of_equals_the_fir
     assert chosen(row("quick", 0.099, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "good"
     assert chosen(row("quick", 0.09, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "quick", "times apart"
     assert chosen(row("first", 0.1), row("second", 0.099))["lossless"] == "first"
+    unsteady = row("unsteady", 0.2, 0.001, 33)
+    unsteady["latency_s"] |= {"p20": 0.05, "p80": 0.9}
+    assert chosen(row("quick", 0.1, 0.016, 33), unsteady)["balanced"] == "quick", "overlaps, and is no match"
+
+
+def test_what_was_not_compared_with_the_baseline_qualifies_for_nothing():
+    alone = row("euler_ancestral_4", 0.01, 0.3, db=None)
+    alone["quality"]["change"] = None
+    assert set(chosen(alone).values()) == {"bf16"}
+
+
+def test_the_levels_say_when_the_baseline_does_not_repeat_itself():
+    same, slower = (study(row("noise_seed", seconds, db=None, family="noise")) for seconds in (0.505, 0.75))
+    assert qualitytables.again(study()) == qualitytables.again(same) == ""
+    assert "differ by 1.50 times" in qualitytables.again(slower) and "1.50 times" in report.BLOCKS["levels"](slower)
 
 
 def test_a_yardstick_is_never_recommended_and_a_row_that_failed_neither():

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +147,54 @@ def test_a_recommendation_is_prepared_like_ids(pocket):
     with unet_batches(pocket) as batches:
         draw(pocket, **call)
     assert batches == [2, 1, 2, 2, 1], "the first step is guided in any case"
-    with pytest.raises(UserError, match="0 steps draw no picture"):
-        path.sampling(pocket, num_steps=0)
-    with pytest.raises(UserError, match="chosen for a CUDA GPU"):
-        prepare(pocket, path.recommended("balanced", "NVIDIA H200"))
+
+
+def test_a_level_by_its_name_is_for_the_device_the_pipeline_is_on(pocket, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
+    assert path.recommended("balanced").engine and path.recommended("balanced", "cuda:0").engine
+    assert path.worthwhile("cuda:0") == path.worthwhile("NVIDIA H200") and not path.recommended("balanced", "CPU").engine
+    monkeypatch.setattr(path, "LOSSY", (*path.LOSSY, "compile"))
+    _, call = prepare(pocket, "balanced")
+    assert call == {"num_inference_steps": 6} and "bf16" in pocket._sdopt_steps
+
+
+def test_a_level_takes_the_pipelines_own_scheduler_back(pocket):
+    own = pocket.scheduler
+    plain = path.sampling(pocket, "euler", 6) and pocket.scheduler.config
+    path.sampling(pocket, "dpm_karras")
+    assert path.sampling(pocket, "euler", 6) == {"num_inference_steps": 6}
+    assert pocket.scheduler.config == plain, "what was sampled with in between leaves nothing behind"
+    assert path.sampling(pocket) == {} and pocket.scheduler is own
+    given = pocket.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
+    path.sampling(pocket, "euler")
+    assert path.sampling(pocket) == {} and pocket.scheduler is given, "another was given meanwhile: that is its own now"
+
+
+def test_a_recommendation_is_refused_before_anything_changes(pocket):
+    scheduler, here = pocket.scheduler, path.recommended("lossless", "cpu")
+    for choice, words in (
+        (path.recommended("balanced", "NVIDIA H200"), "chosen for a CUDA GPU"),
+        (replace(here, scheduler="ddim"), "unknown scheduler 'ddim'"),
+        (replace(here, num_steps=0), "0 steps draw no picture"),
+        (replace(here, num_steps=2.5), "2.5 steps draw no picture"),
+        (replace(here, num_steps="6"), "6 steps draw no picture"),
+        (replace(here, stop=None), "guidance from 0.0 to None"),
+        (replace(here, start=0.8, stop=0.4), "is no interval"),
+        ("bf16", r"'bf16' is one step: give a list of steps, \[\"bf16\"\]"),
+        ("best", "unknown level 'best'"),
+        (None, "None is no list of steps"),
+        (path.recommended, "is no list of steps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(pocket, choice)
+        assert pocket.unet.dtype == torch.float32 and pocket.scheduler is scheduler, words
+    for ask in (lambda: path.recommended(["lossless"]), lambda: path.worthwhile(0), lambda: path.recommended(gpu="")):
+        with pytest.raises(UserError, match="unknown level|give its name"):
+            ask()
+    prepare(pocket, ["tiny_vae"])
+    with pytest.raises(UserError, match="carries 'tiny_vae', which this leaves out"):
+        prepare(pocket, "lossless")
 
 
 def test_int8_is_told_when_it_is_wanted_anyway(sdxl, monkeypatch):

@@ -44,10 +44,10 @@ class Shelf:
     def real(self):
         return self.folder / "real.npy"
 
-    def put(self, path, array):
+    def put(self, target, array):
         file = io.BytesIO()
         np.save(file, array)
-        results.write_whole(path, file.getbuffer())
+        results.write_whole(target, file.getbuffer())
 
 
 def begin(state, tell, job):

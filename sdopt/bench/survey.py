@@ -4,15 +4,15 @@ Rows that share a pipeline follow one another in one process, so that each pipel
 A row is first timed as in the other studies, one picture a call, and then draws a picture for each of thousands of prompts,
 hundreds a call. What is seen in every picture is kept beside the result, in OUT/<study>/<row>.json.xz.
 
-How long `pocket-quality` takes on an H200, by `took_s` of 73 rows that were measured there (80 rows, 2,560 pictures each):
+How long `pocket-quality` takes on an H200, reckoned from `took_s` of 73 of its rows there (2,560 pictures each):
 - a row of a sweep, on the engine: 1.9 s to draw for every 26 samples a picture of the UNet, and 2.7 s for the rest, decoding and
   judging with SSIM, oracle and Frechet distance: 60 rows, 6 minutes;
-- a row in eager code: 8 to 19 s to time, 15 to 27 s to draw: 10 rows, 6 minutes; int8 in eager code 2.5 minutes;
-- a row that compiles: 40 s until its first picture, 45 s to compile for many pictures and draw them, half of both where it finds
-  its graphs, as it does where all have been compiled side by side before: 8 rows, 6 minutes, and 2 or 3 for that;
+- a row in eager code: 8 to 19 s to time, 16 to 27 s to draw: 10 rows, 6 minutes; int8 in eager code 2 minutes;
+- a row that compiles: 40 s until its first picture, 45 s to compile for many pictures and draw them. Reckoned with half of both
+  where it finds its graphs, for all are compiled side by side before: 8 rows, 6 minutes, and 2 or 3 for that;
 - processes, imports and renders: 1 minute.
-Together 24 minutes at most. Before the prompts were made once for all rows (3 s each), the renderer was no longer compiled for
-twenty calls (2 minutes), and all was compiled side by side, it was 32.
+Together 24 minutes at most. As it was measured it would have taken 32: the prompts were made again for each row (3 s), the
+renderer was compiled for twenty calls (2 minutes), and nothing was compiled side by side.
 """
 
 import os
@@ -68,9 +68,10 @@ def _job(row, shared, device, cache):
 
 
 def _todo(ledger, rows, every, shelf):
-    """The rows still to be measured; the reference before all, where they need the pictures that it has to leave."""
+    """The rows still to be measured; the reference before all, where they need what it has to leave: its record, its pictures."""
     todo = [row for row in rows if not ledger.is_done(row.id) or _lost(ledger, row.id)]
-    if any(row.compares for row in todo) and (not shelf.pictures.exists() or _lost(ledger, REFERENCE)):
+    unknown = ledger.row(REFERENCE).get("status") != "ok" or _lost(ledger, REFERENCE)
+    if (todo and unknown) or (any(row.compares for row in todo) and not shelf.pictures.exists()):
         todo = [row for row in every if row.id == REFERENCE] + [row for row in todo if row.id != REFERENCE]
     return todo
 

@@ -155,7 +155,7 @@ def _sweeps(device):
 
 
 def _fp8(device):
-    """The engine in fp8, in every layer, for pocket's are small: with a scale a row, and with one a tensor."""
+    """The engine in fp8, in every layer it can round, for pocket's are small: with a scale a row, and with one a tensor."""
     kinds = {"engine_fp8": "row", "engine_fp8_tensor": "tensor"} if quantization.has_fp8(device) else {}
     return [
         Sampled(
