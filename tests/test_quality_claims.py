@@ -80,6 +80,8 @@ def test_10_and_the_readme_levels():
     chosen = levels.recommended(STUDY)
     assert 0.6 < 1 - chosen["balanced"]["latency_s"]["median"] / ROWS["engine_bf16"]["latency_s"]["median"] < 0.7
     for level, row in chosen.items():
+        took = row["latency_s"]
+        assert took["p80"] / took["p20"] < 1.1, "the times of the levels are steadier than the baseline's"
         for fact in levels.FACTS:
             found = row["quality"][fact]
             assert max(found["high"] - found["value"], found["value"] - found["low"]) < 0.02, (level, fact)
