@@ -48,7 +48,7 @@ from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
-from sdopt import compilation, engine, guidance, models
+from sdopt import compilation, engine, guidance, models, timing
 from sdopt.engine import ahead, fused, graphs, hooks, once, pictures, plain, residual
 from sdopt.errors import UserError
 from sdopt.kernels import (
@@ -280,6 +280,23 @@ def test_a_cutoff_changes_the_batch(tiny, captured):
     eager, ours = both(tiny, num_inference_steps=3, **guidance.cutoff(tiny, 0.4))
     assert_same(ours, eager)
     assert len(captured) == 5, "a graph of the prompt and one of a step for each batch, and the decoder"
+
+
+@RECORDED
+def test_an_interval_saves_as_much_on_the_engine(tiny, captured):
+    call = {"num_inference_steps": 5} | guidance.interval(tiny, 0.4, 0.8)
+    eager, ours = both(tiny, **call)
+    assert_same(ours, eager)
+    seen = []
+
+    def counted(run, sample, *args, **kwargs):
+        seen.append(len(sample))
+        return run(sample, *args, **kwargs)
+
+    with timing.around_calls(tiny.unet, counted):
+        again = small(tiny, **call)
+    assert seen == [2, 1, 2, 2, 1] and sum(seen) == guidance.samples(5, 0.4, 0.8)
+    assert np.array_equal(again, ours) and len(captured) == 5, "a graph for each batch, as often as it changes"
 
 
 @RECORDED
