@@ -11,7 +11,7 @@ ROWS = {row.id: row for row in sweeps.rows("cuda", 30)}
 
 def row(i, right, frechet=3.0):
     """A row of the study by its id, with made-up quality."""
-    swept, shared = ROWS[i], {"scheduler": "euler", "steps": 30}
+    swept, shared = ROWS[i], {"scheduler": "euler", "steps": 30, "runs": 9}
     distance = frechet and share(frechet, 0.1) | {"bias": 0.2}
     quality = {"prompts_all_right": share(right), "frechet": distance}
     how = swept.differs(shared)
@@ -42,6 +42,19 @@ def test_schedulers_are_drawn_by_their_steps(drawn):
     rows = row("euler_30_steps", 0.93), row("euler_4_steps", 0.8), row("dpm_8_steps", 0.9), row("cutoff_0.4", 0.5)
     series, _, names = drawn(sweepfigures.schedulers_figure, row("baseline_fp32", 0.92), *rows)
     assert series == {"euler": [(4, 80), (30, 93)], "dpm": [(8, 90)]} and names[-1] == "the baseline and its interval"
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(35.0, "log"), (9.0, "linear")])
+def test_distances_far_apart_are_drawn_on_a_logarithmic_axis(tmp_path, monkeypatch, largest, scale):
+    kept, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, target, files: (kept.append(figure), save(figure, target, files)))
+    file = tmp_path / "pocket-quality.json"
+    rows = [row("euler_4_steps", 0.8, 1.8), row("dpm_4_steps", 0.6, largest)]
+    results.write(file, result(pictures=2560) | {"study": "pocket-quality", "rows": rows})
+    sweepfigures.schedulers_figure(file, tmp_path / "drawn.png")
+    left, right = kept[-1].axes
+    assert left.get_yscale() == "linear" and right.get_yscale() == scale
+    assert ("(logarithmic)" in right.get_ylabel()) == (scale == "log")
 
 
 def test_guidance_is_drawn_by_what_it_costs_and_named_by_where_it_ends(drawn):
