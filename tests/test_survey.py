@@ -8,7 +8,7 @@ from made_up import killed
 from tiny import unet_batches
 
 from sdopt import drawing, models, path, quantization, records, results
-from sdopt.bench import gallery, process, studies, survey, sweeps
+from sdopt.bench import gallery, process, sharing, studies, survey, sweeps
 from sdopt.bench.row import Recipe
 from sdopt.cli import main
 from sdopt.pocket import captions
@@ -131,7 +131,7 @@ def test_what_compiles_does_so_side_by_side_before_anything_is_timed(tmp_path, m
 
 def test_ahead_of_its_rows_a_pipeline_meets_one_picture_and_many_on_both_sides_of_a_cutoff(tmp_path, monkeypatch):
     row = next(row for row in sweeps.rows("cpu", 2) if row.id == "cutoff_0.4")
-    jobs, state = [survey.job_of(row, SHARED, survey.Judge(SHARED), "cpu")], {}
+    jobs, state = [sharing.own_job(row, SHARED, "cpu", None)], {}
     monkeypatch.setattr(gallery, "begin", lambda state, tell, job: state.update(shared_pipe()))
     gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3))
     assert state["batches"] == [2, 1, 6, 3]
@@ -251,6 +251,6 @@ def test_bad_input_is_one_line(capsys, tmp_path, argv, said):
 
 def test_without_the_references_pictures_nothing_is_compared(tmp_path, pocket):
     row = next(row for row in ROWS if row.id == "bf16")
-    job = survey.job_of(row, SHARED, survey.Judge(SHARED), "cpu")
+    job = sharing.own_job(row, SHARED, "cpu", None)
     with pytest.raises(process.RowFailed, match="baseline_fp32 was not drawn"):
         gallery.judge(pocket, job, captions.test_prompts(4), gallery.Shelf(tmp_path), {})

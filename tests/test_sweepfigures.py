@@ -11,7 +11,7 @@ ROWS = {row.id: row for row in sweeps.rows("cuda", 30)}
 
 def row(i, right, frechet=3.0):
     """A row of the study by its id, with made-up quality."""
-    swept, shared = ROWS[i], {"scheduler": "euler", "steps": 30, "runs": 9}
+    swept, shared = ROWS[i], {"scheduler": "euler", "steps": 30, "runs": 9, "batch": 1}
     distance = frechet and share(frechet, 0.1) | {"bias": 0.2}
     quality = {"prompts_all_right": share(right), "frechet": distance}
     how = swept.differs(shared)

@@ -31,13 +31,12 @@ GRAPHS = {"unet": 0.7, "decoder": 0.3, "tiny": 0.1, "found": 0.2}  # of what com
 
 @dataclass(frozen=True)
 class Shared(Sampled):
-    """A row of such a study: a pipeline, how it samples, and how many pictures a call (`batch` None: the study's).
+    """A row of such a study: a pipeline, how it samples, and how many pictures a call.
 
     `renewed`: the graphs of the row before are forgotten first. `told`: what the row says of itself beside its settings.
     For an estimate: the row of a path it is `like`, and the graphs it compiles `anew`, in what UNet and decoder take.
     """
 
-    batch: int | None = None
     renewed: bool = False
     told: dict = field(default_factory=dict)
     like: str = "sdpa"
@@ -46,10 +45,6 @@ class Shared(Sampled):
     def runs(self, runs):
         """How many runs are timed where the study's own number is `runs`."""
         return max(runs // 3, min(runs, FEWEST)) if self.batch and self.batch >= LARGE else runs
-
-    def differs(self, shared):
-        batch = self.batch or shared["batch"]
-        return super().differs(shared) | ({"batch": batch} if batch != shared["batch"] else {})
 
 
 WAYS = {  # of drawing a batch: label, what is applied, how long it takes

@@ -33,7 +33,7 @@ def share(shared, rows, device, out, progress=lambda done, text: None, every=Non
         call = lambda worker, job, **how: worker.call(measure, job, **how)
         put = lambda job, answer: ledger.put(_row(ledger, job.recipe, shared) | answer[0] | {"status": "ok"})
         for pipeline in dict.fromkeys(row.pipeline for row in todo):
-            jobs = [_job(row, shared, device, out / "cache") for row in todo if row.pipeline == pipeline]
+            jobs = [own_job(row, shared, device, out / "cache") for row in todo if row.pipeline == pipeline]
             tell = lambda k, text, done=done: progress(done + k, text)
             together(ledger, fresh, jobs, begin, call, put, tell, limit_s, lambda recipe: _row(ledger, recipe, shared))
             done += len(jobs)
@@ -103,6 +103,7 @@ def _row(ledger, recipe, shared):
     return ledger.begun(recipe) | {"settings": recipe.differs(shared)} | recipe.told
 
 
-def _job(row, shared, device, cache):
-    own = shared | {"batch": row.batch or shared["batch"], "runs": row.runs(shared["runs"])}
+def own_job(row, shared, device, cache):
+    """The job of a row of a study whose rows share pipelines, with a batch and a number of runs of its own."""
+    own = shared | row.timed_with(shared)
     return job_of(row, own, Judge(own), device, cache)

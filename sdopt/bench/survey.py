@@ -26,7 +26,7 @@ from sdopt.bench import gallery, process, sharing
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
 from sdopt.bench.sweeps import REFERENCE
-from sdopt.bench.walk import LIMIT_S, job_of
+from sdopt.bench.walk import LIMIT_S
 from sdopt.errors import UserError
 from sdopt.pocket.captions import test_prompts
 
@@ -53,18 +53,13 @@ def survey(
         measure = lambda worker, job, **how: worker.call(gallery.measure, job, asked, shelf, **how)
         put = lambda job, answer: _put(ledger, job, shared, *answer)
         groups = [list(group) for _, group in groupby(todo, key=lambda row: row.pipeline)]
-        groups = [[_job(row, shared, device, out / "cache") for row in group] for group in groups]
+        groups = [[sharing.own_job(row, shared, device, out / "cache") for row in group] for group in groups]
         _compile_ahead(fresh, groups, asked, lambda text: progress(done, text), limit_s)
         for jobs in groups:
             tell = lambda k, text, done=done: progress(done + k, text)
             sharing.together(ledger, fresh, jobs, begin, measure, put, tell, limit_s)
             done += len(jobs)
     return ledger.result
-
-
-def _job(row, shared, device, cache):
-    own = shared | {"runs": row.runs(shared["runs"])}
-    return job_of(row, own, Judge(own), device, cache)
 
 
 def _todo(ledger, rows, every, shelf):

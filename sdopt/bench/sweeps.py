@@ -25,7 +25,8 @@ class Sampled(Recipe):
     """A row of a quality study: a pipeline (a recipe; rows of one `pipeline` share it) and how it samples.
 
     `scheduler` and `num_steps` None are the study's own; guided from `start` to `stop`, shares of the steps; `seed` is
-    where the pictures' seeds begin. `slow`: a picture takes seconds, and FEW runs are timed.
+    where the pictures' seeds begin; `batch` how many a call that is timed, None: the study's. `slow`: a picture takes
+    seconds, and FEW runs are timed.
     """
 
     pipeline: str = ""
@@ -36,10 +37,15 @@ class Sampled(Recipe):
     stop: float = 1.0
     seed: int = 0
     slow: bool = False
+    batch: int | None = None
 
     def runs(self, runs):
         """How many runs are timed where the study's own number is `runs`."""
         return min(runs, FEW) if self.slow else runs
+
+    def timed_with(self, shared):
+        """The batch and the runs it is timed with, as a study's `shared` settings name them."""
+        return {"runs": self.runs(shared["runs"]), "batch": self.batch or shared["batch"]}
 
     @property
     def compares(self):
@@ -53,7 +59,7 @@ class Sampled(Recipe):
     def differs(self, shared):
         """Its settings beside the study's `shared` ones, as a result file names them."""
         own = {"scheduler": self.scheduler or shared["scheduler"], "steps": self.num_steps or shared["steps"]}
-        own["runs"] = self.runs(shared["runs"])
+        own |= self.timed_with(shared)
         own = {key: value for key, value in own.items() if value != shared[key]}
         if self.start:
             own |= {"start": self.start, "stop": self.stop}
