@@ -23,7 +23,8 @@ NAMES = {"text_encoder": "text encoder", "unet": "UNet", "scheduler": "scheduler
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 INK, QUIET = "#222222", "#666666"
 SOURCE = "sdopt-source"
-DRAWN = 4  # counts the changes in how figures are drawn: a new number makes all of them stale
+DRAWN = 5  # counts the changes in how figures are drawn: a new number makes all of them stale
+FEW = 5000  # colours: what is drawn of lines and bars has fewer, and pictures of things more
 
 
 class Plot(Figure):
@@ -37,10 +38,11 @@ class Plot(Figure):
 
 
 def png(figure, dpi, text=None):
-    """`figure` as the bytes of a PNG, see `results.png`; without the alpha channel that matplotlib writes, all of it opaque."""
+    """`figure` as the bytes of a PNG, see `results.png`: opaque, and with FEW colours as a palette, a third of the size."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    return results.png(Image.open(drawn).convert("RGB"), dpi, text)
+    picture = Image.open(drawn).convert("RGB")
+    return results.png(picture.quantize(dither=Image.Dither.NONE) if picture.getcolors(FEW) else picture, dpi, text)
 
 
 def digest(files):

@@ -1,6 +1,9 @@
+import io
+
 import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
+from PIL import Image
 
 from sdopt import figures
 
@@ -38,3 +41,11 @@ def test_plots_are_pictures():
     plot = figures.scatter([{"label": "one", "x": 1, "y": 1}], "x", "y")
     assert plot._repr_png_().startswith(b"\x89PNG")
     assert isinstance(plot.axes[0].bbox.frozen(), Bbox)
+
+
+def test_a_chart_is_kept_with_a_palette_and_pictures_of_things_are_not():
+    bars, picture = figures.Plot(), figures.Plot()
+    bars.subplots().bar([0, 1], [1, 2], color=figures.SERIES[:2])
+    picture.subplots().imshow(np.random.default_rng(0).random((100, 100, 3)))
+    small, full = (Image.open(io.BytesIO(figures.png(figure, 110))) for figure in (bars, picture))
+    assert (small.mode, full.mode) == ("P", "RGB") and small.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
