@@ -15,6 +15,7 @@ from sdopt import (
     gridtables,
     pathfigures,
     peerfigures,
+    ratefigures,
     records,
     results,
     rooflinefigures,
@@ -47,7 +48,7 @@ FIGURE = "figure"  # a block that shows a study's figure
 WHOLE = "study"  # a block with all that is shown of a study
 SWEPT = {"schedulers": sweepfigures.schedulers_figure, "guidance": sweepfigures.guidance_figure}  # of a quality study, as blocks
 KNOWN = (*BLOCKS, FIGURE, WHOLE, *SWEPT)
-NOTEBOOKS = ("04_compile", "08_dpm_20", "09_cfg_cutoff", "10_the_whole_path")
+NOTEBOOKS = ("04_compile", "08_dpm_20", "09_cfg_cutoff", "10_the_whole_path", "13_fp8")
 PAGES = ("README.md", "sdopt/pocket/README.md", *(f"notebooks/{name}.ipynb" for name in NOTEBOOKS))
 
 MEASURED = {
@@ -205,7 +206,7 @@ def _drawings(path):
     """The files a study's figures are drawn from, and {suffix of the figure's name: function of its path}."""
     result, pictures = results.read(path), path.with_suffix("")
     if tables.is_throughput(result):
-        return [path], {}
+        return [path], {"": partial(ratefigures.throughput_figure, path)}
     if tables.is_quality(result):  # the gate's few pictures are for the tests alone
         return [path], {} if path.stem.endswith("-gate") else _of_quality(path, result)
     if tables.is_stages(result):

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from made_up import row as made_up_row
 
-from sdopt import models, quantization, report, results, tables
+from sdopt import models, quantization, ratefigures, report, results, tables
 from sdopt.bench import studies, throughput
 from sdopt.bench.row import Recipe
 
@@ -53,7 +53,7 @@ def test_rows_have_rates_and_a_row_that_fails_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput.process, "Fresh", Here)
     shared = studies.settings("pocket", height=64, width=64, steps=2, runs=2, guidance_scale=8.0)
     rows = [Recipe(f"bf16_batch_{n}", f"bf16, {n} at once", ("bf16", "sdpa"), settings={"batch": n}) for n in (1, 3)]
-    rows.append(Recipe("none", "no such row", ("bf16",), {"dtype": torch.float64}, settings={"batch": 2}))
+    rows.append(Recipe("bf16_batch_2", "bf16, of no such format", ("bf16",), {"dtype": torch.float64}, settings={"batch": 2}))
     result = throughput.by_batch(shared, rows, "cpu", tmp_path, study="pocket-throughput")
     one, three, none = results.read(tmp_path / "pocket-throughput.json")["rows"]
     for row, batch in ((one, 1), (three, 3)):
@@ -69,6 +69,37 @@ def test_rows_have_rates_and_a_row_that_fails_is_told(tmp_path, monkeypatch):
     text = tables.text(result)
     assert "images/s" in text and "failed: " in text and "batch 1 to 3" in text and "of fp8's" not in text
     assert throughput.by_batch(shared, rows, "cpu", tmp_path, study="pocket-throughput")["rows"] == result["rows"], "all done"
+    rate, memory, clock = panels(tmp_path / "pocket-throughput.json", tmp_path, monkeypatch)
+    timed = [(batch, batch / s) for row, batch in ((one, 1), (three, 3)) for s in row["latency_s"]["runs"]]
+    assert [point for line in rate.lines[:2] for point in line.get_xydata().tolist()] == [pytest.approx(at) for at in timed]
+    assert [line.get_xydata().tolist() for line in rate.lines if line.get_marker() == "x"] == [[[2, 0]]], "what failed"
+    assert len(memory.lines[0].get_xdata()) == 2 and not len(clock.lines[0].get_xdata()), "a CPU's clock is not read"
+
+
+def panels(file, tmp_path, monkeypatch):
+    """The panels of the figure of `file`."""
+    seen = []
+    monkeypatch.setattr(ratefigures.figures, "save", lambda figure, *_: seen.append(figure))
+    ratefigures.throughput_figure(file, tmp_path / "figure.png")
+    return seen[0].axes
+
+
+def test_the_recorded_figure_shows_every_call_and_the_ceilings(tmp_path, monkeypatch):
+    file = report.ROOT / "figures" / "data" / "nvidia-h200" / "sdxl-throughput.json"
+    rows = {row["id"]: row for row in results.read(file)["rows"]}
+    rate, memory, clock = panels(file, tmp_path, monkeypatch)
+    points = sum(len(line.get_xdata()) for line in rate.lines if line.get_linestyle() == "None")
+    assert points == sum(len(row["latency_s"]["runs"]) for row in rows.values())
+    ceilings = [line.get_ydata()[0] for line in rate.lines if line.get_linestyle() == "--"]
+    flops = rows["fp8_batch_1"]["flops_a_picture"]
+    for found, name in zip(ceilings, ("bfloat16", "fp8"), strict=True):
+        each = [row["ceiling_tflops"][name] * 1e12 / flops for i, row in rows.items() if i.startswith(name[:1])]
+        assert min(each) <= found <= max(each), name
+    ghz = lambda row: row["gpu"]["sm_clock_mhz"]["median"] / 1000
+    for axes, of in ((memory, lambda row: row["peak_memory_bytes"] / 2**30), (clock, ghz)):
+        drawn = [y for line in axes.lines for y in line.get_ydata()]
+        assert drawn == pytest.approx([of(row) for row in rows.values()])
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > max(drawn)
 
 
 def test_operations_are_counted_from_shapes():

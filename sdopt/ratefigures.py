@@ -1,0 +1,60 @@
+"""The figure of a throughput study: pictures a second by batch, beside what the GPU's products would allow, and what that takes."""
+
+from statistics import median
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from sdopt import figures, results
+from sdopt.figures import INK, QUIET, SERIES
+from sdopt.gridtables import GIB, batch_of
+
+FORMATS = {"bf16": (SERIES[0], "o", "bfloat16"), "fp8": (SERIES[5], "^", "fp8")}  # colour, marker, the ceiling's name
+
+
+def throughput_figure(result_path, target):
+    """Draw a throughput study into the PNG `target`: pictures a second, a point a timed call, then memory, then clocks.
+
+    The dashed lines are what the measured square products would draw a second, were a picture nothing but them.
+    Raises UserError for a result file that is none, or a `target` that cannot be written. Introduced in notebooks/13_fp8.
+    """
+    result = results.read(result_path)
+    rows = [(row["id"].partition("_")[0], batch_of(row, result), row) for row in result["rows"]]
+    figure = figures.Plot(figsize=(12, 4.6))
+    rate, memory, clock = figure.subplots(1, 3, width_ratios=(5, 4, 4))
+    for name, (colour, marker, ceiling) in FORMATS.items():
+        done = [(batch, row) for kind, batch, row in rows if kind == name and row["status"] == "ok"]
+        line = {"color": colour, "linewidth": 1.2}
+        for batch, row in done:
+            seconds = row["latency_s"]["runs"]
+            rate.plot([batch] * len(seconds), [batch / s for s in seconds], marker, color=colour, markersize=5, alpha=0.6)
+        batches = [batch for batch, _ in done]
+        rate.plot(batches, [row["rate"]["images_per_s"] for _, row in done], **line)
+        most = [row["ceiling_tflops"][ceiling] * 1e12 / row["flops_a_picture"] for _, row in done if ceiling in row["ceiling_tflops"]]
+        if most:
+            rate.axhline(median(most), color=colour, linewidth=1, linestyle="--")
+        memory.plot(batches, [row["peak_memory_bytes"] / GIB for _, row in done], marker=marker, markersize=5, **line)
+        seen = {batch: row["gpu"]["sm_clock_mhz"]["median"] / 1000 for batch, row in done if row.get("gpu")}
+        clock.plot(list(seen), list(seen.values()), marker=marker, markersize=5, **line)
+        for kind, batch, row in rows:
+            if kind == name and row["status"] != "ok":
+                rate.plot(batch, 0, "x", color=colour, markersize=8)
+    powers = [row["gpu"]["power_w"]["median"] for *_, row in rows if row.get("gpu")]
+    drawn = f" at {min(powers):,.0f} to {max(powers):,.0f} W" if powers else ""
+    titles = "images a second, every timed call", "peak memory, GiB", f"SM clock, GHz,{drawn}"
+    for axes, words in zip((rate, memory, clock), titles, strict=True):
+        axes.set_title(words.rstrip(","), fontsize=11, color=INK)
+        axes.set_xscale("log", base=2)
+        batches = sorted({batch for _, batch, _ in rows})
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("pictures a call", color=QUIET)
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
+        figures.open_axes(axes)
+    handles = [
+        *(Line2D([], [], color=c, marker=m, markersize=6, label=f"our engine in {n}") for n, (c, m, _) in FORMATS.items()),
+        Line2D([], [], color=QUIET, linestyle="--", label="a picture's products at the rate of a large square one, in that format"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figures.title(figure, "More pictures at once, on our engine", result)
+    figures.save(figure, target, [result_path])
