@@ -165,14 +165,23 @@ def _of_batches(result):
         calls = [(batch, row["first_call_s"]) for batch, row in by_batch.items() if row["status"] == "ok"]
         if calls:
             each = ", ".join(f"{figures.seconds(s)} at {batch}" for batch, s in calls)
-            said.append(f"first call of a batch, {way}: {each}{_found(by_batch.values())}")
+            said.append(f"first call of a batch, {way}: {each}{_ahead(by_batch.values())}{_found(by_batch.values())}")
     if other["s"]:
         said.append(f"published: x-stable-diffusion's, of stock PyTorch in fp16 on an {other['by']}, as far as its table was filled")
     return said
 
 
+def _ahead(rows):
+    """Of rows that were compiled before anything was timed: that it was so, and their first calls with all of it on disk."""
+    warm = [row["first_calls"]["warm_s"] for row in rows if row["status"] == "ok" and "first_calls" in row]
+    if not warm:
+        return ""
+    seconds = " to ".join(dict.fromkeys(map(figures.seconds, (min(warm), max(warm)))))
+    return f", compiled side by side; with all of it on disk {seconds}"
+
+
 def _found(rows):
-    found = [row["id"] for row in rows if row.get("graphs", {}).get("found")]
+    found = [row["id"] for row in rows if row.get("graphs", {}).get("found") and "first_calls" not in row]
     return f"; compiled before, and found on disk: {', '.join(found)}" if found else ""
 
 

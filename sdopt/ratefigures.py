@@ -30,7 +30,8 @@ def throughput_figure(result_path, target):
             rate.plot([batch] * len(seconds), [batch / s for s in seconds], marker, color=colour, markersize=5, alpha=0.6)
         batches = [batch for batch, _ in done]
         rate.plot(batches, [row["rate"]["images_per_s"] for _, row in done], **line)
-        most = [row["ceiling_tflops"][ceiling] * 1e12 / row["flops_a_picture"] for _, row in done if ceiling in row["ceiling_tflops"]]
+        known = [row for _, row in done if ceiling in row["ceiling_tflops"]]
+        most = [row["ceiling_tflops"][ceiling] * 1e12 / row["flops_a_picture"] for row in known]
         if most:
             rate.axhline(median(most), color=colour, linewidth=1, linestyle="--")
         memory.plot(batches, [row["peak_memory_bytes"] / GIB for _, row in done], marker=marker, markersize=5, **line)

@@ -1,3 +1,4 @@
+import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -117,11 +118,11 @@ def test_what_a_study_may_take_follows_from_a_recorded_path(no_int8):
     recorded["rows"][2]["settings"] = {"steps": 20, "cutoff": 0.4}
     shared = studies.settings("sdxl", "random", runs=9)
     took = grids.reckon(grids.batches("cuda", 30), recorded, shared)
-    assert took["eager_1"] == pytest.approx(15 + 11.5 * 2) and took["eager_8"] == pytest.approx(5.5 * 16)
-    assert took["compiled_2"] == pytest.approx(100 + 11.5 * 2) and took["engine_16"] == pytest.approx(5.5 * 16)
+    assert took["eager_1"] == pytest.approx(15 + 13.2 * 2) and took["eager_8"] == pytest.approx(5.2 * 16)
+    assert took["compiled_2"] == pytest.approx(100 + 11.2 * 2) and took["engine_16"] == pytest.approx(5.2 * 16)
     took = grids.reckon(grids.attribution("cuda", 30), recorded, shared)
-    assert "baseline_fp32" not in took and took["cfg_cutoff"] == pytest.approx(15 + 11.5 * 0.5 + 20)
-    assert took["without_compile"] == pytest.approx(15 + 11.5 * 2.0 * 28 / 60), "28 samples instead of 60"
+    assert "baseline_fp32" not in took and took["cfg_cutoff"] == pytest.approx(15 + 13.2 * 0.5 + 20)
+    assert took["without_compile"] == pytest.approx(15 + 13.2 * 2.0 * 28 / 60), "28 samples instead of 60"
     assert grids.reckon(grids.batches("cuda", 30), None, shared) == {}
     assert grids.reckon(grids.batches("cuda", 30), recorded, shared | {"height": 512}) == {}
 
@@ -181,6 +182,70 @@ def test_what_does_not_fit_is_a_row_with_its_reason_and_the_next_goes_on_in_a_ne
     assert studies.estimate(ROWS, {"settings": SHARED, "rows": list(rows.values())}, SHARED)["eager_8"] == 3.0
     study(tmp_path, retry=True)
     assert log(tmp_path).count("compiled_2") == 2 and log(tmp_path).count("compiled_8") == 1
+
+
+def ahead(state, tell, jobs, asked=()):
+    noted(jobs[0], "ahead " + "+".join(job.recipe.id for job in jobs))
+    if jobs[0].recipe.id == "compiled_1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return {job.recipe.id: {"cold_s": 100.0, "compiled": 2, "found": 0} for job in jobs}
+
+
+@pytest.mark.parametrize("cores", [8, 2])
+def test_what_compiles_does_so_ahead_and_its_first_call_is_told_cold_and_warm(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(gallery, "compile_ahead", ahead)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    rows, told = [row for row in grids.batches("cpu", 2) if row.batch != 2], []
+    made = study(tmp_path, rows, progress=lambda done, text: told.append(text))
+    found = {row["id"]: row for row in made["rows"]}
+    compiled = [i for i in found if i.startswith("compiled")]
+    calls = {i: found[i].get("first_calls") for i in compiled}
+    if cores == 2:
+        assert set(calls.values()) == {None} and not any("ahead" in line for line in log(tmp_path))
+        return
+    assert told[0] == "compiling what 5 rows need, 3 processes side by side", "no more pictures at once than a GPU holds"
+    assert sorted(line for line in log(tmp_path) if "ahead" in line) == sorted(f"ahead {i}" for i in compiled), "a process each"
+    assert log(tmp_path).index("loaded eager") >= len(compiled), "before anything is timed"
+    assert calls.pop("compiled_1") is None and found["compiled_1"]["status"] == "ok", "it compiled for itself"
+    for i, first in calls.items():
+        beside = {j for j in calls if j != i}
+        assert set(first.pop("beside")) == beside
+        assert first == {"cold_s": 100.0, "compiled": 2, "found": 0, "warm_s": 3.0}
+        assert found[i]["first_call_s"] == 100.0
+    assert not any("first_calls" in found[i] for i in found if i not in compiled)
+
+
+def compiles_once_more(state, tell, jobs, asked=()):
+    return {job.recipe.id: {"cold_s": 20.0, "compiled": 1, "found": 1} for job in jobs}
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_first_call_is_not_forgotten_when_a_study_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "compile_ahead", ahead)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    rows = [row for row in grids.batches("cpu", 2) if row.id in ("eager_1", "compiled_4", "compiled_8")]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sharing, "together", stop)
+        study(tmp_path, rows)
+    monkeypatch.setattr(gallery, "compile_ahead", compiles_once_more)
+    made = {row["id"]: row for row in study(tmp_path, rows)["rows"]}
+    assert {row["status"] for row in made.values()} == {"ok"}
+    assert made["compiled_4"]["first_call_s"] == 100.0 and made["compiled_4"]["first_calls"]["warm_s"] == 3.0
+
+
+def test_rows_of_a_pipeline_share_a_process_ahead_and_what_searches_is_not_there(tmp_path, monkeypatch, no_int8):
+    monkeypatch.setattr(gallery, "compile_ahead", ahead)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    searching = by_id(grids.hpml("cpu", 2))
+    study(tmp_path / "a", [searching["compiled"], searching["compiled_tiny"]])
+    assert not any("ahead" in line for line in log(tmp_path / "a")), "it would time kernels beside others"
+    rows = by_id(grids.attribution("cuda", 2))
+    study(tmp_path / "b", [rows[i] for i in ("fused_qkv", "tiny_vae", "dpm_20", "without_compile", "without_tiny_vae")])
+    compiled = {line for line in log(tmp_path / "b") if "ahead" in line}
+    assert compiled == {"ahead tiny_vae+dpm_20", "ahead fused_qkv+without_tiny_vae"}
 
 
 def test_rows_of_a_pipeline_are_measured_together_and_told_in_the_studys_order(tmp_path):

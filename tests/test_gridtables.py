@@ -111,6 +111,20 @@ def test_a_row_that_failed_leaves_the_gains_that_need_it_untold():
     assert lines["sdpa"]["its gain in the whole"] == "1.25x" and "sdpa failed: out of memory" in tables.remarks(told)
 
 
+def test_what_was_compiled_ahead_is_told_cold_and_warm():
+    made = batches_result()
+    for row in made["rows"]:
+        if row["way"] == "compiled":
+            row["graphs"] = {"compiled": 0, "found": 2}
+            calls = {"cold_s": 100.0, "compiled": 2, "found": 0, "warm_s": 20.0 + row["settings"].get("batch", 1)}
+            row |= {"first_calls": calls, "first_call_s": 100.0}
+    (said,) = (line for line in tables.remarks(made) if line.startswith("first call of a batch, compiled"))
+    assert "100 s at 1, " in said and said.endswith("100 s at 24, compiled side by side; with all of it on disk 21.00 s to 44.00 s")
+    del made["rows"][6]["first_calls"]
+    (said,) = (line for line in tables.remarks(made) if line.startswith("first call of a batch, compiled"))
+    assert said.endswith("; compiled before, and found on disk: compiled_1")
+
+
 def drawn(tmp_path, made, monkeypatch):
     """The PNG of a study, and the words in it."""
     shown, save = [], figures.save

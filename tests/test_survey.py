@@ -112,6 +112,7 @@ def compile_ahead(state, tell, jobs, asked):
     (folder / "-".join(job.recipe.id for job in jobs)).touch()
     if jobs[0].recipe.id == "compile":
         raise MemoryError("out of memory")
+    return {}
 
 
 @pytest.mark.parametrize(("cores", "ahead"), [(4, {"compile", "tiny_vae-dpm_20"}), (2, set())])
@@ -133,8 +134,12 @@ def test_ahead_of_its_rows_a_pipeline_meets_one_picture_and_many_on_both_sides_o
     row = next(row for row in sweeps.rows("cpu", 2) if row.id == "cutoff_0.4")
     jobs, state = [sharing.own_job(row, SHARED, "cpu", None)], {}
     monkeypatch.setattr(gallery, "begin", lambda state, tell, job: state.update(shared_pipe()))
-    gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3))
+    graphs = iter([{"compiled": n, "found": 1} for n in (1, 3)])
+    monkeypatch.setattr(gallery.compilation, "graphs_so_far", lambda: next(graphs))
+    first = gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3))
     assert state["batches"] == [2, 1, 6, 3]
+    assert first == {"cutoff_0.4": {"cold_s": first["cutoff_0.4"]["cold_s"], "compiled": 2, "found": 0}}
+    assert first["cutoff_0.4"]["cold_s"] > 0
 
 
 def shared_pipe():

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdopt import compilation, drawing, models, path, quality, records, results
-from sdopt.bench import sensors
+from sdopt import compilation, drawing, models, path, quality, records, results, timing
+from sdopt.bench import claims, sensors
 from sdopt.bench.process import RowFailed
 from sdopt.bench.row import as_run, prepare
 from sdopt.bench.sweeps import REFERENCE
@@ -73,15 +73,33 @@ def real(state, tell, device, asked, shelf):
     shelf.put(shelf.real, torch.cat(features).numpy())
 
 
-def compile_ahead(state, tell, jobs, asked):
-    """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for one picture, and for many."""
+def compile_ahead(state, tell, jobs, asked=()):
+    """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for a call, and for many of `asked`.
+
+    Returns {row id: {"cold_s": seconds of the call, "compiled", "found"}} of those that compiled, with the graphs of each.
+    """
     begin(state, tell, jobs[0])
-    pipe, few = state["pipe"], asked[: AT_ONCE[state["pipe"].device.type]]
-    for job in jobs:
-        call = sampling(pipe, state["scheduler"], job.recipe) | SETTLING
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-            for task in (job, _task(job, few, pipe.device.type)):
-                drawing.drawer(pipe, task, **call)(0, "pt")
+    pipe, few, first = state["pipe"], asked[: AT_ONCE[state["pipe"].device.type]], {}
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), _in_turn(jobs[0]):
+        for job in jobs:
+            call, before = sampling(pipe, state["scheduler"], job.recipe), compilation.graphs_so_far()
+            draw = drawing.drawer(pipe, job, **call)
+            seconds = timing.seconds_of(lambda draw=draw: draw(0, "pt"), job.device)
+            if (graphs := _graphs_since(before))["compiled"]:
+                first[job.recipe.id] = {"cold_s": seconds} | graphs
+            if few:
+                drawing.drawer(pipe, _task(job, few, pipe.device.type), **call | SETTLING)(0, "pt")
+    return first
+
+
+def _in_turn(job):
+    """Within, what a compiler times beside other processes is timed while no other times anything; it searches nothing else."""
+    beside = str(job.device).startswith("cuda") and job.cache
+    return claims.applied(claims.LATER, job.claims) if beside else claims.applied(claims.ALONE, None)
+
+
+def _graphs_since(before):
+    return {key: n - before[key] for key, n in compilation.graphs_so_far().items()}
 
 
 def measure(state, tell, job, asked, shelf):
@@ -110,7 +128,7 @@ def timed(state, tell, job, settling=None):
     numbers |= {"warm_from": state["drawn"]} if state["drawn"] else {}  # its first call found all of that row's kernels
     numbers |= {"gpu": seen} if seen else {}
     if recipe.compiles:
-        numbers["graphs"] = {key: n - before[key] for key, n in compilation.graphs_so_far().items()}
+        numbers["graphs"] = _graphs_since(before)
     state["drawn"] = state["drawn"] or recipe.id
     return numbers, call
 

@@ -1,13 +1,14 @@
 """The rows of the studies whose rows share pipelines, as data: batch after batch, the HPML project's, what each step is worth.
 
-How long they take on an H200 at most, reckoned before their first run from nvidia-h200/*-path.json (`reckon`):
-- `sd15-batches` 16 minutes, 6 of them compiling; `sdxl-batches` 32, 11 of them compiling: torch.compile compiles UNet and
+How long they take on an H200 at most, reckoned before their first run from nvidia-h200/*-path.json (`reckon`), which counts
+one compilation after the other; side by side (`sharing.compile_ahead`) they take a third or a quarter of that:
+- `sd15-batches` 15 minutes, 6 of them compiling; `sdxl-batches` 31, 11 of them compiling: torch.compile compiles UNet and
   decoder anew for each of the six batches, 63 and 105 s each; the engine captures new graphs in seconds. With a dynamic batch
   one compilation would do, but its kernels fit no batch as well, and the question here is how fast each way can draw. What a
   new batch costs first is told beside it.
-- `sd15-hpml` 15 minutes, 13 of them max-autotune, as the project had it: five UNet graphs (the two samplers give the
+- `sd15-hpml` 15 minutes, 14 of them max-autotune, as the project had it: five UNet graphs (the two samplers give the
   timestep in two dtypes, and a cutoff halves the batch) and two decoders.
-- `sdxl-attribution` 23 minutes, 15 of them compiling. Rows that are one pipeline are one row, and rows of the same modules,
+- `sdxl-attribution` 24 minutes, 17 of them compiling. Rows that are one pipeline are one row, and rows of the same modules,
   sampled in different ways, are drawn by one process.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdopt import guidance, path, quantization
+from sdopt import guidance, path, quantization, timing
 from sdopt.bench import recipes
 from sdopt.bench.sweeps import CALLS, CUT, NINE, Sampled, sampling
 
@@ -172,7 +173,8 @@ def reckon(rows, recorded, shared):
             of = known[row.like]
             per_sample = of["latency_s"]["median"] / _samples(of["settings"], recorded["settings"])
             picture = per_sample * row.samples(shared["steps"]) * (row.batch or shared["batch"])
-            took[row.id] = (row.runs(shared["runs"]) + 2.5) * picture + row.anew * compiling
+            untimed = 1.2 + (1 if (row.batch or shared["batch"]) > 1 else timing.STAGE_CALLS)  # a first call, and for the stages
+            took[row.id] = (row.runs(shared["runs"]) + untimed) * picture + row.anew * compiling
             took[row.id] += LOAD_S * (row.pipeline not in loaded)
             loaded.add(row.pipeline)
     return took

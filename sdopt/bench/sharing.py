@@ -4,6 +4,8 @@ The rows of `bench/grids.py` are timed as a path's are. They are not judged: the
 """
 
 import gc
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from sdopt import drawing, engine
 from sdopt.bench import gallery, process
 from sdopt.bench.judge import Judge
 from sdopt.bench.ledger import Ledger, alone, head
-from sdopt.bench.walk import LIMIT_S, job_of
+from sdopt.bench.walk import LIMIT_S, both_calls, job_of
+
+ROOM = 72  # pictures of all processes that compile side by side: of Stable Diffusion XL's a large GPU holds as many
 
 
 def share(shared, rows, device, out, progress=lambda done, text: None, every=None, retry=False, limit_s=LIMIT_S, study=None):
@@ -31,13 +35,61 @@ def share(shared, rows, device, out, progress=lambda done, text: None, every=Non
         done = len(rows) - len(todo)
         begin = lambda worker, job, **how: worker.call(gallery.begin, job, **how)
         call = lambda worker, job, **how: worker.call(measure, job, **how)
-        put = lambda job, answer: ledger.put(_row(ledger, job.recipe, shared) | answer[0] | {"status": "ok"})
-        for pipeline in dict.fromkeys(row.pipeline for row in todo):
-            jobs = [own_job(row, shared, device, out / "cache") for row in todo if row.pipeline == pipeline]
+        begun = lambda recipe: _row(ledger, recipe, shared)
+        pipelines = {row.pipeline: [] for row in todo}
+        for row in todo:
+            pipelines[row.pipeline].append(own_job(row, shared, device, out / "cache"))
+        _first_calls(ledger, fresh, pipelines.values(), begun, lambda text: progress(done, text), limit_s)
+        for jobs in pipelines.values():
             tell = lambda k, text, done=done: progress(done + k, text)
-            together(ledger, fresh, jobs, begin, call, put, tell, limit_s, lambda recipe: _row(ledger, recipe, shared))
+            put = lambda job, answer: ledger.put(_measured(begun(job.recipe), answer[0]))
+            together(ledger, fresh, jobs, begin, call, put, tell, limit_s, begun)
             done += len(jobs)
     return ledger.result
+
+
+def _first_calls(ledger, fresh, pipelines, begun, tell, limit_s):
+    """Compile ahead what the rows need, and note what their first calls took so; rows that search do that by themselves."""
+    groups = []
+    for jobs in pipelines:
+        if not jobs[0].recipe.searches:
+            groups += [[job] for job in jobs] if jobs[0].recipe.renewed else [jobs]
+    fill = lambda jobs: fresh.call(gallery.compile_ahead, jobs, limit_s=limit_s)
+    calls = compile_ahead(fresh, groups, fill, tell)
+    recipes = {job.recipe.id: job.recipe for jobs in groups for job in jobs}
+    for i, first in calls.items():
+        row = begun(recipes[i])
+        row.setdefault("first_calls", first | {"beside": [other for other in calls if other != i]})
+        ledger.put(row)
+
+
+def compile_ahead(fresh, groups, fill, tell):
+    """Let all that compiles do so side by side before anything is timed: `fill(jobs)` of each group, {row id: its first call}.
+
+    The rows find it in the cache, which their `graphs` say. Not where there are cores for one process alone. A process that
+    fails is no matter: its rows compile for themselves, and say why they cannot. Returns the first calls of all.
+    """
+    batch = lambda jobs: max(len(job.prompts[0]) for job in jobs)
+    groups = [jobs for jobs in groups if jobs[0].recipe.compiles]
+    groups.sort(key=lambda jobs: (batch(jobs), len(jobs)), reverse=True)  # what takes longest begins first
+    at_once = min(len(groups), (os.cpu_count() or 1) // 2)
+    if at_once < 2:
+        return {}
+    at_once = min(at_once, max(1, ROOM // batch(groups[0])))
+    tell(f"compiling what {sum(map(len, groups))} rows need, {at_once} processes side by side")
+
+    def filled(jobs):
+        try:
+            return fill(jobs)
+        except process.RowFailed:
+            return {}
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            return {i: first for calls in pool.map(filled, groups) for i, first in calls.items()}
+        except BaseException:  # Ctrl-C too: nobody waits for the others then
+            fresh.stop()
+            raise
 
 
 def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=None):
@@ -101,6 +153,10 @@ def _told(fresh, progress, k, i, last, phase):
 def _row(ledger, recipe, shared):
     """What a row says whatever becomes of it: its settings, and what it is there for."""
     return ledger.begun(recipe) | {"settings": recipe.differs(shared)} | recipe.told
+
+
+def _measured(row, numbers):
+    return row | numbers | both_calls(row, numbers) | {"status": "ok"}
 
 
 def own_job(row, shared, device, cache):

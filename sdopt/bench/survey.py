@@ -15,9 +15,6 @@ Together 24 minutes at most. As it was measured it would have taken 32: the prom
 renderer was compiled for twenty calls (2 minutes), and nothing was compiled side by side.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -54,7 +51,8 @@ def survey(
         put = lambda job, answer: _put(ledger, job, shared, *answer)
         groups = [list(group) for _, group in groupby(todo, key=lambda row: row.pipeline)]
         groups = [[sharing.own_job(row, shared, device, out / "cache") for row in group] for group in groups]
-        _compile_ahead(fresh, groups, asked, lambda text: progress(done, text), limit_s)
+        fill = lambda jobs: fresh.call(gallery.compile_ahead, jobs, asked, limit_s=limit_s)
+        sharing.compile_ahead(fresh, groups, fill, lambda text: progress(done, text))
         for jobs in groups:
             tell = lambda k, text, done=done: progress(done + k, text)
             sharing.together(ledger, fresh, jobs, begin, measure, put, tell, limit_s)
@@ -80,30 +78,6 @@ def _lost(ledger, i):
     except UserError:
         return True
     return False
-
-
-def _compile_ahead(fresh, groups, asked, tell, limit_s):
-    """Let all that compiles do so side by side before anything is timed, each pipeline in a process of its own.
-
-    The rows find it in the cache, which `graphs` of each says. Not where there are cores for one process alone. A process
-    that fails is no matter: its rows compile for themselves, and say why they cannot.
-    """
-    groups = sorted((jobs for jobs in groups if jobs[0].recipe.compiles), key=len, reverse=True)
-    at_once = min(len(groups), (os.cpu_count() or 1) // 2)
-    if at_once < 2:
-        return
-    tell(f"compiling what {sum(map(len, groups))} rows need, {at_once} processes side by side")
-
-    def fill(jobs):
-        with suppress(process.RowFailed):
-            fresh.call(gallery.compile_ahead, jobs, asked, limit_s=limit_s)
-
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            list(pool.map(fill, groups))
-        except BaseException:  # Ctrl-C too: nobody waits for the others then
-            fresh.stop()
-            raise
 
 
 def _begin(worker, job, asked, shelf, **how):

@@ -173,10 +173,15 @@ def timed(row, numbers, job):
     drawn_with = numbers.pop("drawn_with")
     differs = {key: value for key, value in drawn_with.items() if value != getattr(job, key, None)}
     more = {"settings": job.recipe.settings | differs}
-    if "first_calls" in row:
-        calls = row["first_calls"] | {"warm_s": numbers["first_call_s"]}
-        more |= {"first_calls": calls, "first_call_s": calls["cold_s"] or calls["warm_s"]}
-    return numbers | more
+    return numbers | more | both_calls(row, numbers)
+
+
+def both_calls(row, numbers):
+    """Of a row that was compiled before it was measured: its first calls, and as its own the cold one, where there was one."""
+    if "first_calls" not in row:
+        return {}
+    calls = row["first_calls"] | {"warm_s": numbers["first_call_s"]}
+    return {"first_calls": calls, "first_call_s": calls["cold_s"] or calls["warm_s"]}
 
 
 def _clear_pictures(folder, kept):
