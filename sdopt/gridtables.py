@@ -156,11 +156,9 @@ def _of_batches(result):
         spread = {i: (latency["p80"] - latency["p20"]) / latency["median"] for i, latency in latencies.items()}
         widest = max(spread, key=spread.get)
         timed = [len(row["latency_s"]["runs"]) for row in rows.values()]
-        calls = " to ".join(dict.fromkeys(map(str, (min(timed), max(timed)))))
-        said.append(
-            f"{calls} timed calls a row, the fewer of the large batches; p20 to p80 is at most {spread[widest]:.1%} of the "
-            f"median ({widest})"
-        )
+        fewer = f"{min(timed)} to {max(timed)} timed calls a row, the fewer of the large batches"
+        calls = fewer if min(timed) < max(timed) else f"{timed[0]} timed calls a row"
+        said.append(f"{calls}; p20 to p80 is at most {spread[widest]:.1%} of the median ({widest})")
     for way, by_batch in grid(result).items():
         calls = [(batch, row["first_call_s"]) for batch, row in by_batch.items() if row["status"] == "ok"]
         if calls:

@@ -52,6 +52,7 @@ def test_throughput():
     of, fp8 = rows("sdxl-throughput"), "fp8_batch_{}".format
     rate = {i: row["rate"]["images_per_s"] for i, row in of.items()}
     said(f"64 pictures a call come to {rate[fp8(64)]:.2f} a second, and one alone to {rate[fp8(1)]:.2f}")
+    said(f"With 64 prompts at once the engine draws {rate[fp8(64)]:.2f} pictures of Stable Diffusion XL a second, in fp8 with 20 steps")
     clock = {i: row["gpu"]["sm_clock_mhz"]["median"] for i, row in of.items()}
     said(f"the clock falls from {clock[fp8(1)]:,.0f} MHz to {clock[fp8(64)]:,.0f}")
     share = {i: row["rate"]["of_ceiling"] for i, row in of.items()}
