@@ -19,6 +19,7 @@ KINDS = {  # by what the name of a layer holds
     "resnets": "residual block,\nconvolutions",
 }
 SWEPT = {"self-attention": "o", "cross-attention": "s", "feed-forward 1": "^", "feed-forward 2": "v", "output": "x"}
+ROUNDED = dict.fromkeys(SWEPT, "tensor") | dict.fromkeys(("self-attention", "feed-forward 1"), "row")  # by the engine's default
 CONVOLVED = {"sdxl": "o", "sd15": "s"}
 
 
@@ -106,12 +107,12 @@ def by_layer(cases: Sequence[tuple[str, Sequence[Mapping]]]):
     return figure
 
 
-def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int):
+def sweep(title: str, metrics: Mapping, fewest: Mapping[str, int], fewest_of_convolution: int):
     """A mark a layer and size of the study `fp8-shapes`: how many times as fast as bf16 it is, by its size.
 
-    Linear layers with what rounds for them, by a scale a row or, a feed-forward's second half, by one, as the engine has them; a
-    first half also with GEGLU in the same kernel. Convolutions of each model without what rounds. `fewest`,
-    `fewest_of_convolution`: the multiplications from which on the engine takes one, a linear layer by a scale a row.
+    Linear layers with the kernel that rounds for them, by the scales the engine has for each, see ROUNDED; a first half also with
+    GEGLU in the same kernel. What attention writes for an output, and convolutions, are without what rounds. `fewest`, by a linear
+    layer's scales, "row" and "tensor", and `fewest_of_convolution`: the multiplications from which on the engine takes one.
     Introduced in notebooks/13_fp8.
     """
     figure = figures.Plot(figsize=(9, 4.2))
@@ -119,8 +120,7 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
     rows = metrics["shapes"]
     for (layer, marker), colour in zip(SWEPT.items(), SERIES):
         found = [row for row in rows if row["layer"] == layer]
-        way = "tensor" if layer == "feed-forward 2" else "row"
-        gains = [whole(row, "bf16") / whole(row, way) for row in found]
+        gains = [_gained(row, ROUNDED[layer]) for row in found]
         linear.plot([multiplications(row) for row in found], gains, marker, color=colour, label=layer)
     pairs = gated(rows)
     linear.plot([multiplications(wide) for wide, _, _ in pairs], [bf16 / fp8 for _, bf16, fp8 in pairs], "D", color=SERIES[2],
@@ -129,7 +129,8 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
         found = [row for row in metrics["convolutions"] if row["model"] == model]
         gains = [row["seconds"]["bf16"] / row["seconds"]["e4m3"] for row in found]
         convolved.plot([multiplications(row) for row in found], gains, marker, color=colour, label=f"{model}'s convolutions")
-    for axes, limit, said in ((linear, fewest, ", with a scale a row"), (convolved, fewest_of_convolution, "")):
+    linear.axvline(fewest["tensor"], color=QUIET, linewidth=1, linestyle=":", label="taken from here on, with one scale")
+    for axes, limit, said in ((linear, fewest["row"], ", with a scale a row"), (convolved, fewest_of_convolution, "")):
         axes.axhline(1, color=INK, linewidth=1)
         axes.axvline(limit, color=QUIET, linewidth=1, linestyle="--", label=f"taken from here on{said}")
         axes.set_xscale("log", base=2)
@@ -141,6 +142,11 @@ def sweep(title: str, metrics: Mapping, fewest: int, fewest_of_convolution: int)
     linear.set_xlabel("multiplications: rows x inputs x outputs", color=QUIET)
     convolved.set_xlabel("positions x 9 x inputs x outputs", color=QUIET)
     return figure
+
+
+def _gained(row, way):
+    """How many times as fast as bf16; an output is rounded by the attention before it, whose time the sweep does not have."""
+    return whole(row, "bf16") / (whole(row, way) if row["before"] else row["seconds"][way])
 
 
 def gated(rows: Sequence[Mapping]) -> list[tuple[Mapping, float, float]]:

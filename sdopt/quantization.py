@@ -181,7 +181,7 @@ def torchao_fp8(pipe):
     """
     _check_not_compiled(pipe, "fp8")
     if not has_fp8(pipe.unet.device):
-        raise UserError("fp8 needs a GPU of compute capability 8.9 or later: keep bfloat16")
+        raise UserError("fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave the pipeline as it is")
     if pipe.unet.dtype is not torch.bfloat16:
         raise UserError(f"torchao's fp8 is for bfloat16, the UNet is in {str(pipe.unet.dtype)[6:]}: convert it first")
     quantization = _torchao()

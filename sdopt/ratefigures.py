@@ -1,11 +1,9 @@
 """The figure of a throughput study: pictures a second by batch, beside what the GPU's products would allow, and what that takes."""
 
-from statistics import median
-
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from sdopt import figures, results
+from sdopt import figures, ratetables, results
 from sdopt.figures import INK, QUIET, SERIES
 from sdopt.gridtables import GIB, batch_of
 
@@ -20,6 +18,7 @@ def throughput_figure(result_path, target):
     """
     result = results.read(result_path)
     rows = [(row["id"].partition("_")[0], batch_of(row, result), row) for row in result["rows"]]
+    most = ratetables.ceilings(result["rows"])
     figure = figures.Plot(figsize=(12, 4.6))
     rate, memory, clock = figure.subplots(1, 3, width_ratios=(5, 4, 4))
     for name, (colour, marker, ceiling) in FORMATS.items():
@@ -30,17 +29,15 @@ def throughput_figure(result_path, target):
             rate.plot([batch] * len(seconds), [batch / s for s in seconds], marker, color=colour, markersize=5, alpha=0.6)
         batches = [batch for batch, _ in done]
         rate.plot(batches, [row["rate"]["images_per_s"] for _, row in done], **line)
-        known = [row for _, row in done if ceiling in row["ceiling_tflops"]]
-        most = [row["ceiling_tflops"][ceiling] * 1e12 / row["flops_a_picture"] for row in known]
-        if most:
-            rate.axhline(median(most), color=colour, linewidth=1, linestyle="--")
+        if done and ceiling in most:
+            rate.axhline(1e12 * most[ceiling] / done[0][1]["flops_a_picture"], color=colour, linewidth=1, linestyle="--")
         memory.plot(batches, [row["peak_memory_bytes"] / GIB for _, row in done], marker=marker, markersize=5, **line)
-        seen = {batch: row["gpu"]["sm_clock_mhz"]["median"] / 1000 for batch, row in done if row.get("gpu")}
-        clock.plot(list(seen), list(seen.values()), marker=marker, markersize=5, **line)
+        clocks = {batch: mhz / 1000 for batch, row in done for mhz in _medians([row], "sm_clock_mhz")}
+        clock.plot(list(clocks), list(clocks.values()), marker=marker, markersize=5, **line)
         for kind, batch, row in rows:
             if kind == name and row["status"] != "ok":
                 rate.plot(batch, 0, "x", color=colour, markersize=8)
-    powers = [row["gpu"]["power_w"]["median"] for *_, row in rows if row.get("gpu")]
+    powers = _medians([row for *_, row in rows], "power_w")
     drawn = f" at {min(powers):,.0f} to {max(powers):,.0f} W" if powers else ""
     titles = "images a second, every timed call", "peak memory, GiB", f"SM clock, GHz,{drawn}"
     for axes, words in zip((rate, memory, clock), titles, strict=True):
@@ -59,3 +56,8 @@ def throughput_figure(result_path, target):
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figures.title(figure, "More pictures at once, on our engine", result)
     figures.save(figure, target, [result_path])
+
+
+def _medians(rows, sensor):
+    """What a sensor said while rows were timed; of those whose GPU has none, and that failed, nothing."""
+    return [row["gpu"][sensor]["median"] for row in rows if sensor in row.get("gpu", {})]

@@ -67,6 +67,8 @@ def test_afterwards_the_layers_are_as_they_were(unet):
 
 
 def test_other_scales_are_refused(unet):
+    with pytest.raises(UserError, match="fp8 is for a UNet in bfloat16, this one is in float32"), emulated(tiny_sdxl().unet):
+        pass
     with pytest.raises(UserError, match="unknown scales 'column'"), emulated(unet, "column"):
         pass
 

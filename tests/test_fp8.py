@@ -392,6 +392,8 @@ def test_words_it_does_not_know():
         (("fp4", "row", "all"), "unknown precision 'fp4': use None or 'fp8'"),
         (("fp8", "column", "all"), "unknown scales 'column': use 'row' or 'tensor'"),
         (("fp8", "row", "some"), "unknown filter 'some': use 'measured' or 'all'"),
+        ((None, "tensor", "measured"), "scales and filter are for precision='fp8': give that, too, or leave them out"),
+        ((None, "row", "all"), "scales and filter are for precision='fp8': give that, too, or leave them out"),
     ):
         with pytest.raises(UserError, match=said):
             fp8.asked(*words)

@@ -1,6 +1,11 @@
+from collections import defaultdict
+
 import pytest
+import torch
+from tiny import tiny_sdxl
 
 from sdopt import fp8figures
+from sdopt.engine import fp8
 
 
 def test_each_format_is_a_line_of_ticks_with_its_largest_at_one():
@@ -53,12 +58,28 @@ def test_the_sweep_counts_rounding_in():
         {"model": "sd15", "samples": 1, "lines": 1, "inputs": 1, "outputs": 1, "seconds": {"bf16": 1.0, "e4m3": 2.0}},
     ]
     metrics = {"shapes": [*rows, wide], "convolutions": convolutions}
-    figure = fp8figures.sweep("recorded: some-gpu", metrics, 128, 256)
+    figure = fp8figures.sweep("recorded: some-gpu", metrics, {"row": 128, "tensor": 32}, 256)
     marks, convolved = (
         {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines} for axes in figure.axes
     )
-    assert marks["feed-forward 2"] == ([64], [3]) and marks["output"] == ([64], [pytest.approx(4 / 3)])
+    assert marks["feed-forward 2"] == ([64], [3]) and marks["output"] == ([64], [4]), "no pass for what attention writes"
+    assert marks["taken from here on, with one scale"][0] == [32, 32]
     assert marks["taken from here on, with a scale a row"][0] == [128, 128] and marks["self-attention"] == ([], [])
     assert marks["feed-forward 1"] == ([256], [6 / 4]) and marks["feed-forward 1, gated in it"] == ([256], [7 / 4])
     assert convolved["sdxl's convolutions"] == ([2 * 9 * 9 * 20], [1.5]) and convolved["sd15's convolutions"] == ([9], [0.5])
     assert convolved["taken from here on"][0] == [256, 256]
+
+
+@torch.no_grad()
+def test_the_sweep_draws_layers_by_the_scales_the_engine_has_for_them():
+    unet = tiny_sdxl().unet.bfloat16()
+    by_row = defaultdict(set)
+    for place, layer in fp8.every_layer(unet, "row").items():
+        if isinstance(layer, fp8.Layer):
+            name = next(name for name, part in unet.named_modules() if part is layer.parts[0])
+            by_row[fp8figures.kind_of(name)].add(layer.by_row)
+    drawn = {
+        "attn1": "self-attention", "attn2.to_q": "cross-attention", "ff.net.0": "feed-forward 1", "ff.net.2": "feed-forward 2",
+        "attn2.to_out": "output",
+    }  # fmt: skip
+    assert {kind: by_row[kind] for kind in drawn} == {k: {fp8figures.ROUNDED[layer] == "row"} for k, layer in drawn.items()}

@@ -109,6 +109,7 @@ def test_a_dry_run_knows_what_is_done_and_what_would_be_refused(capsys, tmp_path
     [
         (["sd3-path"], "unknown study 'sd3-path': choose one of pocket-path, sd15-path"),
         (["pocket-path", "--only", "fp4"], "unknown row 'fp4': choose from baseline_fp32"),
+        (["sdxl-throughput", "--only", "fp8_batch_8"], "(rows in fp8 need a GPU of compute capability 8.9 or later): choose from bf16"),
         (["pocket-path", "--runs", "0"], "--runs 0 is too few"),
         (["sdxl-throughput", "--batch", "8"], "--batch is not for sdxl-throughput"),
         (["pocket-path", "--limit", "soon"], "invalid float value: 'soon'"),

@@ -76,15 +76,16 @@ def real(state, tell, device, asked, shelf):
 def compile_ahead(state, tell, jobs, asked=()):
     """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for a call, and for many of `asked`.
 
-    Returns {row id: {"cold_s": seconds of the call, "compiled", "found"}} of those that compiled, with the graphs of each.
+    Returns {row id: {"cold_s", "compiled", "found"}} of those that compiled: seconds of the call, less what it waited for others
+    that timed kernels, and its graphs.
     """
     begin(state, tell, jobs[0])
     pipe, few, first = state["pipe"], asked[: AT_ONCE[state["pipe"].device.type]], {}
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), _in_turn(jobs[0]):
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), _in_turn(jobs[0]) as search:
         for job in jobs:
             call, before = sampling(pipe, state["scheduler"], job.recipe), compilation.graphs_so_far()
-            draw = drawing.drawer(pipe, job, **call)
-            seconds = timing.seconds_of(lambda draw=draw: draw(0, "pt"), job.device)
+            draw, waited = drawing.drawer(pipe, job, **call), sum(search.waited)
+            seconds = timing.seconds_of(lambda draw=draw: draw(0, "pt"), job.device) - (sum(search.waited) - waited)
             if (graphs := _graphs_since(before))["compiled"]:
                 first[job.recipe.id] = {"cold_s": seconds} | graphs
             if few:

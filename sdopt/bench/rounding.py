@@ -181,8 +181,9 @@ def _in_half(call):
 def layer_errors(unet, call):
     """RMS of each layer's error relative to its output in fp32, on the inputs it gets in `call` of a UNet in bfloat16.
 
-    A row a layer: {"layer", "off": {"bf16", "row", "tensor", "bf16_outlier", "row_outlier"}}; "outlier": one channel of the
-    input of a linear layer 64 times as large. What is called exact has the same bfloat16 weights and inputs, multiplied in float32.
+    A row a layer: {"layer", "off": {"bf16", "row", "tensor", "bf16_outlier", "row_outlier", "tensor_outlier"}}; "outlier": one
+    channel of the input of a linear layer 64 times as large, where its scale is not a bound of what a norm gives. What is called
+    exact has the same bfloat16 weights and inputs, multiplied in float32.
     """
     kinds = {scales: fp8.every_layer(unet, scales) for scales in fp8.SCALES}
     names, inputs, hooks = {part: name for name, part in unet.named_modules()}, {}, []

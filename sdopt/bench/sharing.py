@@ -56,26 +56,27 @@ def _first_calls(ledger, fresh, pipelines, begun, tell, limit_s):
             groups += [[job] for job in jobs] if jobs[0].recipe.renewed else [jobs]
     fill = lambda jobs: fresh.call(gallery.compile_ahead, jobs, limit_s=limit_s)
     calls = compile_ahead(fresh, groups, fill, tell)
-    recipes = {job.recipe.id: job.recipe for jobs in groups for job in jobs}
-    for i, first in calls.items():
-        row = begun(recipes[i])
-        row.setdefault("first_calls", first | {"beside": [other for other in calls if other != i]})
-        ledger.put(row)
+    for jobs in groups:
+        own = {job.recipe.id: job.recipe for job in jobs}
+        beside = [i for i in calls if i not in own]  # those of one process follow one another
+        for i in calls.keys() & own.keys():
+            row = begun(own[i])
+            row.setdefault("first_calls", calls[i] | {"beside": beside})
+            ledger.put(row)
 
 
 def compile_ahead(fresh, groups, fill, tell):
     """Let all that compiles do so side by side before anything is timed: `fill(jobs)` of each group, {row id: its first call}.
 
-    The rows find it in the cache, which their `graphs` say. Not where there are cores for one process alone. A process that
+    The rows find it in the cache, which their `graphs` say. Not where there is room for one process alone. A process that
     fails is no matter: its rows compile for themselves, and say why they cannot. Returns the first calls of all.
     """
     batch = lambda jobs: max(len(job.prompts[0]) for job in jobs)
     groups = [jobs for jobs in groups if jobs[0].recipe.compiles]
     groups.sort(key=lambda jobs: (batch(jobs), len(jobs)), reverse=True)  # what takes longest begins first
-    at_once = min(len(groups), (os.cpu_count() or 1) // 2)
+    at_once = min(len(groups), (os.cpu_count() or 1) // 2, ROOM // max(map(batch, groups), default=1))
     if at_once < 2:
         return {}
-    at_once = min(at_once, max(1, ROOM // batch(groups[0])))
     tell(f"compiling what {sum(map(len, groups))} rows need, {at_once} processes side by side")
 
     def filled(jobs):

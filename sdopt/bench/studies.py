@@ -179,6 +179,8 @@ def chosen(rows, only):
     unknown = [i for i in wanted if i not in known]
     if unknown:
         what = f"unknown row '{unknown[0]}'" if unknown[0] else "a row without a name"
+        if ("_fp8" in unknown[0] or unknown[0].startswith("fp8_")) and not any("fp8" in i for i in known):
+            what += " (rows in fp8 need a GPU of compute capability 8.9 or later)"
         raise UserError(f"{what}: choose from {', '.join(known)}")
     return [row for row in rows if row.id in wanted]
 

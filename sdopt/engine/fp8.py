@@ -66,6 +66,8 @@ def asked(precision: str | None, scales: str, filter: str) -> Rounding | None:
     for name, (word, known) in words.items():
         if word not in known:
             raise UserError(f"unknown {name} {word!r}: use {' or '.join(map(repr, known))}")
+    if not precision and (scales, filter) != (SCALES[0], FILTERS[0]):
+        raise UserError("scales and filter are for precision='fp8': give that, too, or leave them out")
     return Rounding(scales, filter) if precision else None
 
 
@@ -84,7 +86,7 @@ def check(unet: nn.Module, rounding: Rounding):
         for scale in {(), (32, 1) if rounding.scales == "row" else ()}:
             few = Scaled(new((32, 32), E4M3), new(scale))
             product(few, few, new(32, DTYPE))
-    except RuntimeError as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
+    except (RuntimeError, AttributeError) as error:  # such as a scale a row on compute capability 12.0: pytorch issue 192707
         raise UserError(
             f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {first_line(error)}"
         ) from error
