@@ -7,7 +7,7 @@ from sdopt import figures, ratetables, results
 from sdopt.figures import INK, QUIET, SERIES
 from sdopt.gridtables import GIB, batch_of
 
-FORMATS = {"bf16": (SERIES[0], "o", "bfloat16"), "fp8": (SERIES[5], "^", "fp8")}  # colour, marker, the ceiling's name
+ENGINES = {"bf16": (SERIES[0], "o", "bfloat16"), "fp8": (SERIES[5], "^", "fp8")}  # colour, marker, the ceiling's name
 
 
 def throughput_figure(result_path, target):
@@ -21,7 +21,7 @@ def throughput_figure(result_path, target):
     most = ratetables.ceilings(result["rows"])
     figure = figures.Plot(figsize=(12, 4.6))
     rate, memory, clock = figure.subplots(1, 3, width_ratios=(5, 4, 4))
-    for name, (colour, marker, ceiling) in FORMATS.items():
+    for name, (colour, marker, ceiling) in ENGINES.items():
         done = [(batch, row) for kind, batch, row in rows if kind == name and row["status"] == "ok"]
         line = {"color": colour, "linewidth": 1.2}
         for batch, row in done:
@@ -50,7 +50,7 @@ def throughput_figure(result_path, target):
         axes.set_ylim(0, 1.06 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
         figures.open_axes(axes)
     handles = [
-        *(Line2D([], [], color=c, marker=m, markersize=6, label=f"our engine in {n}") for n, (c, m, _) in FORMATS.items()),
+        *(Line2D([], [], color=c, marker=m, markersize=6, label=f"our engine in {n}") for n, (c, m, _) in ENGINES.items()),
         Line2D([], [], color=QUIET, linestyle="--", label="a picture's products at the rate of a large square one, in that format"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)

@@ -5,7 +5,6 @@ from statistics import median
 from sdopt import figures
 
 FORMATS = "bfloat16", "fp8"
-
 HEADER = (
     *("row", "what", "images/s", "a call", "p20 to p80", "first call", "peak memory"),
     *("TFLOP/s", "of bf16's ceiling", "of fp8's"),

@@ -1,6 +1,5 @@
 from collections import defaultdict
 
-import pytest
 import torch
 from tiny import tiny_sdxl
 

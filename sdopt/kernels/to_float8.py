@@ -5,8 +5,8 @@
 The step between neighbours is 1/8 of a power of two, so rounding is off by at most 1/16 of a number; below 448 / 2**15 of a
 row's largest, where powers of two end, by at most 2**-10 of `scale`. One large number therefore costs its own row's small
 ones, and no other row anything. A row of zeros keeps a scale above 0. With a scale given for all rows, what lies beyond it
-saturates. NaN stays NaN on a GPU; Triton's interpreter makes a number of it. Bytes: two or four a number read, one written, and four a row. Needs compute capability 8.9 or
-later.
+saturates. NaN stays NaN on a GPU; Triton's interpreter makes a number of it. Bytes: two or four a number read, one written, and
+four a row. Needs compute capability 8.9 or later.
 
 `in_e4m3` is for other kernels: those that hold a row in their registers write it in e4m3 at no further pass.
 """
