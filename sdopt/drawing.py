@@ -125,8 +125,7 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
     timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
     if cuda:
         tell("stages")
-        calls = timing.STAGE_CALLS if len(task.prompts[0]) == 1 else 1  # a pause does not show in what takes longer
-        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), calls)
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), stage_calls(len(task.prompts[0])))
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),
@@ -136,6 +135,11 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
         "stages_ms": stages,
         **memory,
     }, drawn[-runs:]
+
+
+def stage_calls(batch):
+    """How many calls tell the stages of `batch` pictures on a GPU: a pause of Python's does not show in what takes longer."""
+    return timing.STAGE_CALLS if batch == 1 else 1
 
 
 def pictures(pipe, task, **call_kwargs):

@@ -52,17 +52,22 @@ def batches_figure(result_path, target):
     panels[1].set_yscale("log")
     _plain(panels[1].yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), panels[1].get_ylim())
     for axes in panels:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("pictures a call", color=QUIET)
-        figures.open_axes(axes)
+        by_batch_axis(axes, batches)
     for axes in panels[::2]:
         axes.set_ylim(bottom=0)
     handles = [Line2D([], [], color=WAYS[w][0], marker=WAYS[w][1], markersize=6, label=WAYS[w][2]) for w in ways]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figures.title(figure, "How many pictures at once", result)
     figures.save(figure, target, [result_path])
+
+
+def by_batch_axis(axes, batches):
+    """Pictures a call on the x-axis of `axes`, a tick at each of `batches`."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("pictures a call", color=QUIET)
+    figures.open_axes(axes)
 
 
 def _line(axes, way, points, beside, marker=None):

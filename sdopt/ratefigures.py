@@ -1,10 +1,10 @@
 """The figure of a throughput study: pictures a second by batch, beside what the GPU's products would allow, and what that takes."""
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
 
 from sdopt import figures, ratetables, results
 from sdopt.figures import INK, QUIET, SERIES
+from sdopt.gridfigures import by_batch_axis
 from sdopt.gridtables import GIB, batch_of
 
 ENGINES = {"bf16": (SERIES[0], "o", "bfloat16"), "fp8": (SERIES[5], "^", "fp8")}  # colour, marker, the ceiling's name
@@ -38,17 +38,12 @@ def throughput_figure(result_path, target):
             if kind == name and row["status"] != "ok":
                 rate.plot(batch, 0, "x", color=colour, markersize=8)
     powers = _medians([row for *_, row in rows], "power_w")
-    drawn = f" at {min(powers):,.0f} to {max(powers):,.0f} W" if powers else ""
-    titles = "images a second, every timed call", "peak memory, GiB", f"SM clock, GHz,{drawn}"
+    drawn = f", at {min(powers):,.0f} to {max(powers):,.0f} W" if powers else ""
+    titles = "images a second, every timed call", "peak memory, GiB", f"SM clock, GHz{drawn}"
     for axes, words in zip((rate, memory, clock), titles, strict=True):
-        axes.set_title(words.rstrip(","), fontsize=11, color=INK)
-        axes.set_xscale("log", base=2)
-        batches = sorted({batch for _, batch, _ in rows})
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("pictures a call", color=QUIET)
+        axes.set_title(words, fontsize=11, color=INK)
+        by_batch_axis(axes, sorted({batch for _, batch, _ in rows}))
         axes.set_ylim(0, 1.06 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
-        figures.open_axes(axes)
     handles = [
         *(Line2D([], [], color=c, marker=m, markersize=6, label=f"our engine in {n}") for n, (c, m, _) in ENGINES.items()),
         Line2D([], [], color=QUIET, linestyle="--", label="a picture's products at the rate of a large square one, in that format"),

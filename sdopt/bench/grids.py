@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdopt import guidance, path, quantization, timing
+from sdopt import drawing, guidance, path, quantization
 from sdopt.bench import recipes
 from sdopt.bench.sweeps import CALLS, CUT, NINE, Sampled, sampling
 
@@ -172,9 +172,9 @@ def reckon(rows, recorded, shared):
         if row.like in known:
             of = known[row.like]
             per_sample = of["latency_s"]["median"] / _samples(of["settings"], recorded["settings"])
-            picture = per_sample * row.samples(shared["steps"]) * (row.batch or shared["batch"])
-            untimed = 1.2 + (1 if (row.batch or shared["batch"]) > 1 else timing.STAGE_CALLS)  # a first call, and for the stages
-            took[row.id] = (row.runs(shared["runs"]) + untimed) * picture + row.anew * compiling
+            batch = row.batch or shared["batch"]
+            calls = row.runs(shared["runs"]) + 1.2 + drawing.stage_calls(batch)  # 1.2: a first call, and settling
+            took[row.id] = calls * per_sample * row.samples(shared["steps"]) * batch + row.anew * compiling
             took[row.id] += LOAD_S * (row.pipeline not in loaded)
             loaded.add(row.pipeline)
     return took

@@ -54,7 +54,7 @@ class Ledger:
 
     def begun(self, recipe):
         """The row of a recipe to be measured, with what an earlier attempt that was stopped knew of it."""
-        row = {"id": recipe.id, "label": recipe.label, "settings": {}, "quality": None, "status": NOT_TIMED}
+        row = {"id": recipe.id, "label": recipe.label, "settings": dict(recipe.settings), "quality": None, "status": NOT_TIMED}
         old = self.row(recipe.id)
         if old.get("status") == NOT_TIMED:
             return row | old

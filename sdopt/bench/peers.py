@@ -1,7 +1,6 @@
 """A peer study: every row in a process that stays, a picture each in turn, in another order each round."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from sdopt.bench import process, sensors
@@ -75,13 +74,8 @@ def _compile_side_by_side(ledger, jobs, fresh, progress, limit_s):
             return False
         return True
 
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        try:
-            calls = {pool.submit(compiled, job): job.recipe.id for job in jobs}
-            return {calls[call]: call.result() for call in as_completed(calls)}
-        except BaseException:
-            fresh.stop()
-            raise
+    could = fresh.side_by_side(compiled, jobs, len(jobs))
+    return {job.recipe.id: each for job, each in zip(jobs, could, strict=True)}
 
 
 def _ready(ledger, job, fresh, workers, tell, limit_s, compiled):

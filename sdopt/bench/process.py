@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing import connection
 
 from tqdm import tqdm
@@ -192,6 +193,18 @@ class Fresh:
 
         with self.take() as worker:
             return worker.call(function, *arguments, on_phase=told, **how)
+
+    def side_by_side(self, call, items, at_once):
+        """[call(item) for each of `items`], `at_once` at a time; when one raises, or Ctrl-C is pressed, all workers are ended."""
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                calls = [pool.submit(call, item) for item in items]
+                for done in as_completed(calls):
+                    done.result()
+                return [each.result() for each in calls]
+            except BaseException:  # nobody waits for the others then
+                self.stop()
+                raise
 
     def __enter__(self):
         return self

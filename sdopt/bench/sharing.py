@@ -5,7 +5,6 @@ The rows of `bench/grids.py` are timed as a path's are. They are not judged: the
 
 import gc
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -36,13 +35,13 @@ def share(shared, rows, device, out, progress=lambda done, text: None, every=Non
         begin = lambda worker, job, **how: worker.call(gallery.begin, job, **how)
         call = lambda worker, job, **how: worker.call(measure, job, **how)
         begun = lambda recipe: _row(ledger, recipe, shared)
+        put = lambda job, answer: ledger.put(_measured(begun(job.recipe), answer[0]))
         pipelines = {row.pipeline: [] for row in todo}
         for row in todo:
             pipelines[row.pipeline].append(own_job(row, shared, device, out / "cache"))
         _first_calls(ledger, fresh, pipelines.values(), begun, lambda text: progress(done, text), limit_s)
         for jobs in pipelines.values():
             tell = lambda k, text, done=done: progress(done + k, text)
-            put = lambda job, answer: ledger.put(_measured(begun(job.recipe), answer[0]))
             together(ledger, fresh, jobs, begin, call, put, tell, limit_s, begun)
             done += len(jobs)
     return ledger.result
@@ -85,12 +84,7 @@ def compile_ahead(fresh, groups, fill, tell):
         except process.RowFailed:
             return {}
 
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            return {i: first for calls in pool.map(filled, groups) for i, first in calls.items()}
-        except BaseException:  # Ctrl-C too: nobody waits for the others then
-            fresh.stop()
-            raise
+    return {i: first for calls in fresh.side_by_side(filled, groups, at_once) for i, first in calls.items()}
 
 
 def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=None):

@@ -42,7 +42,7 @@ def by_batch(
             batch = recipe.settings["batch"]
             job = job_of(recipe, shared, Judge(shared | {"batch": batch}), device)
             tell = partial(lambda done, i, phase: progress(done, f"{i}: {phase}"), done, recipe.id)
-            row = ledger.begun(recipe) | {"settings": recipe.settings}  # which a row that fails has, too
+            row = ledger.begun(recipe)
             try:
                 numbers = fresh.call(measure, job, on_phase=tell, limit_s=limit_s)
                 row |= timed(row, numbers, job) | {"status": "ok"}

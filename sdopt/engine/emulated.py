@@ -14,7 +14,6 @@ from torch.nn.functional import conv2d, linear
 
 from sdopt import timing
 from sdopt.engine import bounds, fp8
-from sdopt.errors import UserError
 from sdopt.kernels import to_float8
 from sdopt.kernels.conv_float8 import flat
 
@@ -30,8 +29,7 @@ def emulated(unet: nn.Module, scales: str = "row") -> Iterator[dict[str, nn.Modu
     the attention before it can give: other inputs may saturate. Raises UserError for other scales, or a UNet that is not in
     bfloat16. Introduced in notebooks/13_fp8.
     """
-    if unet.dtype is not fp8.DTYPE:
-        raise UserError(f"fp8 is for a UNet in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
+    fp8.check_dtype(unet, "UNet")
     names, rounded = {part: name for name, part in unet.named_modules()}, {}
     with ExitStack() as stack:
         for layer in fp8.every_layer(unet, scales).values():

@@ -79,8 +79,7 @@ def check(unet: nn.Module, rounding: Rounding):
             f"fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), this one has {found[0]}.{found[1]}: "
             "leave precision out"
         )
-    if unet.dtype is not DTYPE:
-        raise UserError(f"fp8 is for a pipeline in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
+    check_dtype(unet, "pipeline")
     try:
         new = lambda shape, dtype=torch.float32: torch.zeros(shape, device=unet.device).to(dtype)
         for scale in {(), (32, 1) if rounding.scales == "row" else ()}:
@@ -90,6 +89,12 @@ def check(unet: nn.Module, rounding: Rounding):
         raise UserError(
             f"this PyTorch has no fp8 product with scales='{rounding.scales}' for this GPU: {first_line(error)}"
         ) from error
+
+
+def check_dtype(unet: nn.Module, of: str):
+    """Raise UserError unless `unet` is in bfloat16; `of`: what the message says is not."""
+    if unet.dtype is not DTYPE:
+        raise UserError(f"fp8 is for a {of} in bfloat16, this one is in {str(unet.dtype)[6:]}: half_precision(pipe) first")
 
 
 def pays(rows: int, inputs: int, outputs: int, scales: str = "row") -> bool:
