@@ -9,6 +9,7 @@ from sdopt import timing
 from sdopt.models import Model
 from sdopt.pocket.captions import test_prompts
 
+LONG_S = 2.0  # seconds
 STEP_NOISE = 1_000_000  # an ancestral sampler's noise has seeds of its own: the latents' would give the latents again
 
 
@@ -125,7 +126,7 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
     timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
     if cuda:
         tell("stages")
-        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), stage_calls(len(task.prompts[0])))
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), stage_calls(timed.median))
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),
@@ -137,9 +138,9 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
     }, drawn[-runs:]
 
 
-def stage_calls(batch):
-    """How many calls tell the stages of `batch` pictures on a GPU: a pause of Python's does not show in what takes longer."""
-    return timing.STAGE_CALLS if batch == 1 else 1
+def stage_calls(seconds):
+    """How many calls tell the stages on a GPU: a pause of Python's, some 0.1 s, does not show in one that takes LONG_S."""
+    return timing.STAGE_CALLS if seconds < LONG_S else 1
 
 
 def pictures(pipe, task, **call_kwargs):

@@ -135,41 +135,46 @@ def frechet(features, real, resamples=200, seed=0):
     n = len(features)
     if features.shape != real.shape or n < 4:
         raise UserError(f"no distance between {list(features.shape)} and {list(real.shape)}: give 4 or more of each")
-    towards = _Towards(real)
-    everything = torch.ones(n, dtype=torch.float64, device=features.device)
-    value = towards.distance(features, everything)
-    weights = torch.tensor(resampled(n, resamples, seed), device=features.device)
-    drawn = torch.stack([towards.distance(features, w) for w in weights])
-    spread = (drawn - drawn.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64, device=drawn.device))
+    towards, everything = _Towards(real), torch.ones(1, n, dtype=torch.float64)
+    value = towards.distances(features, everything)[0]
+    drawn = towards.distances(features, torch.tensor(resampled(n, resamples, seed)))
+    spread = (drawn - drawn.mean()).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     low, high = (value + spread).clamp(min=0).tolist()
     shuffle, halves = torch.Generator().manual_seed(seed), []
     for _ in range(HALVINGS):
         order = torch.randperm(n, generator=shuffle).to(features.device)
         for half in (order[: n // 2], order[n // 2 :]):
-            halves.append(_Towards(real[half]).distance(features[half], everything[half]))
-    bias = torch.stack(halves).mean() - value
+            halves.append(_Towards(real[half]).distances(features[half], everything[:, : len(half)]))
+    bias = torch.cat(halves).mean() - value
     return {"value": value.item(), "low": low, "high": high, "n": n, "bias": bias.item()}
 
 
 class _Towards:
-    """Frechet distances to one set of features, whose covariance's root is taken once."""
+    """Frechet distances to one set of features, whose covariance's root is taken once.
+
+    Sums over the pictures are taken where the features are, roots on the CPU: hundreds of small matrices.
+    """
 
     def __init__(self, real):
-        self.mean, self.covariance = _moments(real, torch.ones_like(real[:, 0]))
-        squares, directions = torch.linalg.eigh(self.covariance)
+        means, covariances = _moments(real, torch.ones(1, len(real), dtype=torch.float64))
+        self.mean, self.spread = means[0], covariances[0].trace()
+        squares, directions = torch.linalg.eigh(covariances[0])
         self.root = directions * squares.clamp(min=0).sqrt() @ directions.T
 
-    def distance(self, features, weights):
-        mean, covariance = _moments(features, weights)
+    def distances(self, features, weights):
+        """The distance of features [N, D] for each of the weights [K, N], how often each picture counts: [K]."""
+        means, covariances = _moments(features, weights)
         # (S1 S2)^(1/2) has the trace of (R S1 R)^(1/2), where R R = S2: symmetric, so its eigenvalues are real
-        cross = torch.linalg.eigvalsh(self.root @ covariance @ self.root).clamp(min=0).sqrt().sum()
-        apart = (mean - self.mean).square().sum() + covariance.trace() + self.covariance.trace() - 2 * cross
-        return apart.clamp(min=0)
+        cross = torch.linalg.eigvalsh(self.root @ covariances @ self.root).clamp(min=0).sqrt().sum(-1)
+        spread = covariances.diagonal(dim1=1, dim2=2).sum(-1)
+        return ((means - self.mean).square().sum(-1) + spread + self.spread - 2 * cross).clamp(min=0)
 
 
 def _moments(features, weights):
-    """Mean [D] and covariance [D, D] of features [N, D], each counted as often as its weight says."""
-    n = weights.sum()
-    mean = weights @ features / n
-    centred = features - mean
-    return mean, centred.T @ (weights[:, None] * centred) / (n - 1)
+    """Means [K, D] and covariances [K, D, D] of features [N, D], each counted as often as weights [K, N] say; on the CPU."""
+    moments = []
+    for one in weights.to(features.device):
+        mean = one @ features / one.sum()
+        centred = features - mean
+        moments.append((mean, centred.T @ (one[:, None] * centred) / (one.sum() - 1)))
+    return tuple(torch.stack(parts).cpu() for parts in zip(*moments, strict=True))

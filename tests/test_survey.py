@@ -109,13 +109,16 @@ COMPILED = [row for row in sweeps.rows("cpu", 2) if row.id in ("compile", "tiny_
 def compile_ahead(state, tell, jobs, asked):
     folder = jobs[0].cache.parent / "ahead"
     folder.mkdir(exist_ok=True)
-    (folder / "-".join(job.recipe.id for job in jobs)).touch()
+    (folder / "-".join([*(job.recipe.id for job in jobs), str(len(asked))])).touch()
     if jobs[0].recipe.id == "compile":
         raise MemoryError("out of memory")
     return {}
 
 
-@pytest.mark.parametrize(("cores", "ahead"), [(4, {"compile", "tiny_vae-dpm_20"}), (2, set())])
+AHEAD = {f"{rows}-{pictures}" for rows in ("compile", "tiny_vae-dpm_20") for pictures in (0, 5)}
+
+
+@pytest.mark.parametrize(("cores", "ahead"), [(4, AHEAD), (2, set())])
 def test_what_compiles_does_so_side_by_side_before_anything_is_timed(tmp_path, monkeypatch, cores, ahead):
     monkeypatch.setattr(gallery, "compile_ahead", compile_ahead)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
@@ -130,14 +133,15 @@ def test_what_compiles_does_so_side_by_side_before_anything_is_timed(tmp_path, m
     assert told[0].startswith("compiling what 3 rows need, 2 processes" if ahead else "baseline_fp32: ")
 
 
-def test_ahead_of_its_rows_a_pipeline_meets_one_picture_and_many_on_both_sides_of_a_cutoff(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_ahead_of_its_rows_a_pipeline_meets_one_picture_or_many_on_both_sides_of_a_cutoff(pictures, monkeypatch):
     row = next(row for row in sweeps.rows("cpu", 2) if row.id == "cutoff_0.4")
     jobs, state = [sharing.own_job(row, SHARED, "cpu", None)], {}
     monkeypatch.setattr(gallery, "begin", lambda state, tell, job: state.update(shared_pipe()))
     graphs = iter([{"compiled": n, "found": 1} for n in (1, 3)])
     monkeypatch.setattr(gallery.compilation, "graphs_so_far", lambda: next(graphs))
-    first = gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3))
-    assert state["batches"] == [2, 1, 6, 3]
+    first = gallery.compile_ahead(state, lambda phase: None, jobs, captions.test_prompts(3)[:pictures])
+    assert state["batches"] == ([6, 3] if pictures else [2, 1])
     assert first == {"cutoff_0.4": {"cold_s": first["cutoff_0.4"]["cold_s"], "compiled": 2, "found": 0}}
     assert first["cutoff_0.4"]["cold_s"] > 0
 

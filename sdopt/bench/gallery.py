@@ -74,22 +74,21 @@ def real(state, tell, device, asked, shelf):
 
 
 def compile_ahead(state, tell, jobs, asked=()):
-    """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for a call, and for many of `asked`.
+    """Leave in the compiler's cache what the rows `jobs` of one pipeline will look for: graphs for a call, or one of all `asked`.
 
     Returns {row id: {"cold_s", "compiled", "found"}} of those that compiled: seconds of the call, less what it waited for others
     that timed kernels, and its graphs.
     """
     begin(state, tell, jobs[0])
-    pipe, few, first = state["pipe"], asked[: AT_ONCE[state["pipe"].device.type]], {}
+    pipe, first = state["pipe"], {}
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False), _in_turn(jobs[0]) as search:
         for job in jobs:
             call, before = sampling(pipe, state["scheduler"], job.recipe), compilation.graphs_so_far()
-            draw, waited = drawing.drawer(pipe, job, **call), sum(search.waited)
+            task = _task(job, asked, pipe.device.type) if asked else job
+            draw, waited = drawing.drawer(pipe, task, **call | (SETTLING if asked else {})), sum(search.waited)
             seconds = timing.seconds_of(lambda draw=draw: draw(0, "pt"), job.device) - (sum(search.waited) - waited)
             if (graphs := _graphs_since(before))["compiled"]:
                 first[job.recipe.id] = {"cold_s": seconds} | graphs
-            if few:
-                drawing.drawer(pipe, _task(job, few, pipe.device.type), **call | SETTLING)(0, "pt")
     return first
 
 
@@ -114,16 +113,16 @@ def measure(state, tell, job, asked, shelf):
     return numbers, *judged
 
 
-def timed(state, tell, job, settling=None):
+def timed(state, tell, job):
     """After `begin`: time the row of `job`; returns its numbers and the keywords of its call.
 
-    Graphs are compiled for each size as such, not for any size. `settling` as in `drawing.measure`.
+    Graphs are compiled for each size as such, not for any size.
     """
     recipe, pipe = job.recipe, state["pipe"]
     call = sampling(pipe, state["scheduler"], recipe)
     seen, before, start = {}, compilation.graphs_so_far(), time.perf_counter()
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), settling, **call)
+        numbers, _ = drawing.measure(pipe, job, tell, sensors.watch(job.device, seen), SETTLING, **call)
     took = {"timing": time.perf_counter() - start}
     numbers |= {"as_run": as_run(pipe) | {"peak_memory_of": numbers.pop("peak_memory_of")}, "took_s": took}
     numbers |= {"warm_from": state["drawn"]} if state["drawn"] else {}  # its first call found all of that row's kernels
@@ -169,7 +168,7 @@ def judge(pipe, job, asked, shelf, call):
         _keep(shelf, *(torch.cat(parts).numpy() for parts in zip(*drawn, strict=True)))
     distance = None
     if len(asked) >= ENOUGH:
-        distance = quality.frechet(torch.cat(features).cpu(), torch.from_numpy(np.load(shelf.real)))  # many small matrices
+        distance = quality.frechet(torch.cat(features), torch.from_numpy(np.load(shelf.real)).to(device))
     return records.of(agreements, drift), distance
 
 

@@ -172,9 +172,9 @@ def reckon(rows, recorded, shared):
         if row.like in known:
             of = known[row.like]
             per_sample = of["latency_s"]["median"] / _samples(of["settings"], recorded["settings"])
-            batch = row.batch or shared["batch"]
-            calls = row.runs(shared["runs"]) + 1.2 + drawing.stage_calls(batch)  # 1.2: a first call, and settling
-            took[row.id] = calls * per_sample * row.samples(shared["steps"]) * batch + row.anew * compiling
+            call = per_sample * row.samples(shared["steps"]) * (row.batch or shared["batch"])
+            calls = row.runs(shared["runs"]) + 1.2 + drawing.stage_calls(call)  # 1.2: a first call, and settling
+            took[row.id] = calls * call + row.anew * compiling
             took[row.id] += LOAD_S * (row.pipeline not in loaded)
             loaded.add(row.pipeline)
     return took

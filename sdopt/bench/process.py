@@ -158,7 +158,7 @@ class Fresh:
     """Fresh workers, for one thread or several; with `ahead`, the next imports while this one's call is at its last phases."""
 
     def __init__(self, ctx, ahead):
-        self._ctx, self._ahead, self._waiting, self._taken = ctx, ahead, [], []
+        self._ctx, self._ahead, self._waiting, self._taken, self._leaving = ctx, ahead, [], [], []
         self._taking, self.stopped = threading.Lock(), False
 
     def take(self):
@@ -175,6 +175,16 @@ class Fresh:
         with self._taking:
             while self._ahead and len(self._waiting) < min(count, os.cpu_count() or 1):
                 self._waiting.append(Worker(self._ctx))
+
+    def let_go(self, worker):
+        """Ask no more of a worker. It takes seconds to give a GPU's memory back: `join` waits for it."""
+        worker.let_go()
+        self._leaving.append(worker)
+
+    def join(self):
+        """Wait until the workers that were let go have ended."""
+        while self._leaving:
+            self._leaving.pop().close()
 
     def stop(self):
         """End all workers that were taken, in whichever thread they are called; `stopped` says that it was so."""
@@ -210,5 +220,6 @@ class Fresh:
         return self
 
     def __exit__(self, *_):
+        self.join()
         for worker in self._waiting:
             worker.stop()

@@ -43,6 +43,7 @@ def share(shared, rows, device, out, progress=lambda done, text: None, every=Non
         for jobs in pipelines.values():
             tell = lambda k, text, done=done: progress(done + k, text)
             together(ledger, fresh, jobs, begin, call, put, tell, limit_s, begun)
+            fresh.join()  # a large batch left no memory to load the next pipeline beside it
             done += len(jobs)
     return ledger.result
 
@@ -54,7 +55,7 @@ def _first_calls(ledger, fresh, pipelines, begun, tell, limit_s):
         if not jobs[0].recipe.searches:
             groups += [[job] for job in jobs] if jobs[0].recipe.renewed else [jobs]
     fill = lambda jobs: fresh.call(gallery.compile_ahead, jobs, limit_s=limit_s)
-    calls = compile_ahead(fresh, groups, fill, tell)
+    calls = compile_ahead(fresh, groups, [fill], tell)
     for jobs in groups:
         own = {job.recipe.id: job.recipe for job in jobs}
         beside = [i for i in calls if i not in own]  # those of one process follow one another
@@ -64,27 +65,30 @@ def _first_calls(ledger, fresh, pipelines, begun, tell, limit_s):
             ledger.put(row)
 
 
-def compile_ahead(fresh, groups, fill, tell):
-    """Let all that compiles do so side by side before anything is timed: `fill(jobs)` of each group, {row id: its first call}.
+def compile_ahead(fresh, groups, fills, tell):
+    """Let all that compiles do so side by side before anything is timed: each of `fills` for each group, a process each.
 
-    The rows find it in the cache, which their `graphs` say. Not where there is room for one process alone. A process that
-    fails is no matter: its rows compile for themselves, and say why they cannot. Returns the first calls of all.
+    `fill(jobs)` answers {row id: its first call}; the rows find what it compiled in the cache, which their `graphs` say. Not
+    where there is room for one process alone. A process that fails is no matter: its rows compile for themselves, and say
+    why they cannot. Returns the first calls of all.
     """
     batch = lambda jobs: max(len(job.prompts[0]) for job in jobs)
     groups = [jobs for jobs in groups if jobs[0].recipe.compiles]
     groups.sort(key=lambda jobs: (batch(jobs), len(jobs)), reverse=True)  # what takes longest begins first
-    at_once = min(len(groups), (os.cpu_count() or 1) // 2, ROOM // max(map(batch, groups), default=1))
+    work = [(fill, jobs) for fill in fills for jobs in groups]
+    at_once = min(len(work), (os.cpu_count() or 1) // 2, ROOM // max(map(batch, groups), default=1))
     if at_once < 2:
         return {}
     tell(f"compiling what {sum(map(len, groups))} rows need, {at_once} processes side by side")
 
-    def filled(jobs):
+    def filled(item):
+        fill, jobs = item
         try:
             return fill(jobs)
         except process.RowFailed:
             return {}
 
-    return {i: first for calls in fresh.side_by_side(filled, groups, at_once) for i, first in calls.items()}
+    return {i: first for calls in fresh.side_by_side(filled, work, at_once) for i, first in calls.items()}
 
 
 def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=None):
@@ -92,7 +96,7 @@ def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=
 
     `begin(worker, job, **how)` loads the pipeline and answers the seconds it took; `measure(worker, job, **how)` answers a
     tuple whose first is a row's numbers, with "took_s", and `put(job, answer)` writes them. `begun(recipe)` is a row
-    without numbers, to say why it failed in; None: the ledger's.
+    without numbers, to say why it failed in; None: the ledger's. The process is let go at the end: `fresh.join` waits for it.
     """
     worker, begun = None, begun or ledger.begun
     try:
@@ -117,7 +121,8 @@ def together(ledger, fresh, jobs, begin, measure, put, progress, limit_s, begun=
             put(job, answer)
         if worker:
             fresh.start_next()
-            worker.close()
+            fresh.let_go(worker)
+            worker = None
     finally:
         if worker:
             worker.stop()
@@ -127,7 +132,7 @@ def measure(state, tell, job):
     """After `gallery.begin`: time the row of `job`; returns its numbers, in a tuple of their own."""
     if job.recipe.renewed and state["drawn"]:
         renew(state["pipe"], job.recipe)
-    return (gallery.timed(state, tell, job, gallery.SETTLING)[0],)
+    return (gallery.timed(state, tell, job)[0],)
 
 
 def renew(pipe, recipe):

@@ -15,6 +15,7 @@ Together 24 minutes at most. As it was measured it would have taken 32: the prom
 renderer was compiled for twenty calls (2 minutes), and nothing was compiled side by side.
 """
 
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -46,13 +47,14 @@ def survey(
         todo = _todo(ledger, rows, every, shelf)
         done = max(0, len(rows) - len(todo))
         asked = test_prompts(shared["pictures"]) if todo else ()  # once for all processes: it takes seconds
-        begin = lambda worker, job, **how: _begin(worker, job, asked, shelf, **how)
+        begin = lambda worker, job, **how: _begin(fresh, worker, job, asked, shelf, **how)
         measure = lambda worker, job, **how: worker.call(gallery.measure, job, asked, shelf, **how)
         put = lambda job, answer: _put(ledger, job, shared, *answer)
         groups = [list(group) for _, group in groupby(todo, key=lambda row: row.pipeline)]
         groups = [[sharing.own_job(row, shared, device, out / "cache") for row in group] for group in groups]
-        fill = lambda jobs: fresh.call(gallery.compile_ahead, jobs, asked, limit_s=limit_s)
-        sharing.compile_ahead(fresh, groups, fill, lambda text: progress(done, text))
+        fill = lambda few, jobs: fresh.call(gallery.compile_ahead, jobs, few, limit_s=limit_s)
+        fills = [partial(fill, few) for few in (asked[: gallery.AT_ONCE[device]], ())]  # many take longer: they begin first
+        sharing.compile_ahead(fresh, groups, fills, lambda text: progress(done, text))
         for jobs in groups:
             tell = lambda k, text, done=done: progress(done + k, text)
             sharing.together(ledger, fresh, jobs, begin, measure, put, tell, limit_s)
@@ -80,10 +82,13 @@ def _lost(ledger, i):
     return False
 
 
-def _begin(worker, job, asked, shelf, **how):
+def _begin(fresh, worker, job, asked, shelf, **how):
+    """Load a pipeline while the process before puts its things away, which nothing is timed beside."""
     if len(asked) >= gallery.ENOUGH and not shelf.real.exists():
         worker.call(gallery.real, job.device, asked, shelf, **how)
-    return worker.call(gallery.begin, job, **how)
+    took = worker.call(gallery.begin, job, **how)
+    fresh.join()
+    return took
 
 
 def _put(ledger, job, shared, numbers, record, distance):

@@ -20,15 +20,9 @@ from sdopt.pocket.scenes import COLOURS, FINISHES, GROUNDS, SHAPES, SIZES, SKIES
 
 SIZE = 256  # pixels of a picture's side
 GRID = 32
-HEADS = {
-    "heat": 1,
-    "shape": len(SHAPES),
-    "colour": len(COLOURS),
-    "size": len(SIZES),
-    "finish": len(FINISHES),
-    "place": 3,
-}
-THRESHOLD = 0.4
+NAMES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "finish": FINISHES}  # in the order of a Thing's fields
+HEADS = {"heat": 1} | {head: len(names) for head, names in NAMES.items()} | {"place": 3}
+THRESHOLD, MOST = 0.4, 6  # how sure of a thing; how many things a picture has at most
 
 
 class Block(nn.Module):
@@ -75,8 +69,7 @@ class Oracle(nn.Module):
         """Read pictures: PIL images, or uint8 [N, 3, H, W]; other sizes than 256 are scaled. One reading each."""
         readings = []
         for pixels in self._batches(pictures, batch):
-            out = {k: v.float().cpu() for k, v in self(pixels).items()}
-            readings += [_decode({k: v[i] for k, v in out.items()}) for i in range(len(pixels))]
+            readings += _decode({name: logits.float() for name, logits in self(pixels).items()})
         return readings
 
     @torch.no_grad()
@@ -110,23 +103,26 @@ def to_pixels(pictures: list[Image.Image] | torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _decode(out: dict[str, torch.Tensor]) -> Reading:
-    """The reading of one picture from its logits: local maxima of the heat map, strongest first."""
+def _decode(out: dict[str, torch.Tensor]) -> list[Reading]:
+    """The readings of pictures from their logits: local maxima of the heat map, strongest first, MOST of them at most.
+
+    All pictures at once, and only what is read goes to the CPU: thousands of pictures are read for every row of a study.
+    """
     heat = out["heat"].sigmoid()
-    peaks = (heat == F.max_pool2d(heat[None], 5, stride=1, padding=2)[0]) & (heat > THRESHOLD)
-    cells = peaks[0].nonzero()
-    cells = cells[heat[0, cells[:, 0], cells[:, 1]].argsort(descending=True)][:6]
-    things = []
-    for i, j in cells.tolist():
-        name = lambda head, names: names[out[head][:, i, j].argmax()]
-        x, y, z = out["place"][:, i, j].tolist()
-        things.append(
-            Thing(
-                name("shape", SHAPES), name("colour", COLOURS), name("size", SIZES), name("finish", FINISHES), x, y, z
-            )
-        )
-    confidence = tuple(heat[0, i, j].item() for i, j in cells.tolist())
-    return Reading(tuple(things), SKIES[out["sky"].argmax()], GROUNDS[out["ground"].argmax()], confidence)
+    peaks = (heat == F.max_pool2d(heat, 5, stride=1, padding=2)) & (heat > THRESHOLD)
+    strength, cells = heat.where(peaks, 0.0).flatten(1).sort(dim=1, descending=True, stable=True)
+    strength, cells = strength[:, :MOST], cells[:, None, :MOST]
+    there = {head: out[head].flatten(2) for head in HEADS}  # [N, classes, cells]
+    there = {head: maps.gather(2, cells.expand(-1, maps.shape[1], -1)) for head, maps in there.items()}
+    said = {head: [[names[k] for k in one] for one in there[head].argmax(1).tolist()] for head, names in NAMES.items()}
+    places, confidence = there["place"].transpose(1, 2).tolist(), strength.tolist()
+    skies, grounds = out["sky"].argmax(1).tolist(), out["ground"].argmax(1).tolist()
+    readings = []
+    for i, sure in enumerate(confidence):
+        sure = tuple(s for s in sure if s > 0)
+        things = tuple(Thing(*(said[head][i][k] for head in NAMES), *places[i][k]) for k in range(len(sure)))
+        readings.append(Reading(things, SKIES[skies[i]], GROUNDS[grounds[i]], sure))
+    return readings
 
 
 @cache
