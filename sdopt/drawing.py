@@ -1,5 +1,6 @@
 """One drawing task for every row that is compared: the same prompts, seeds and noise; drawn, timed, looked at."""
 
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from sdopt import timing
 from sdopt.models import Model
 from sdopt.pocket.captions import test_prompts
 
-LONG_S = 2.0  # seconds
+LONG_S = 2.0  # seconds of a call that tells its own stages on a GPU
 STEP_NOISE = 1_000_000  # an ancestral sampler's noise has seeds of its own: the latents' would give the latents again
 
 
@@ -101,7 +102,8 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
 
     numbers: {"latency_s", "first_call_s", "peak_memory_bytes", "peak_memory_of", "stages_ms"}, a row's as in a result
     file, and on a GPU "memory_bytes" (see `timing.Timing`). pictures: one list of PIL images a run. The stages are those of
-    the last timed call on a CPU, and medians of more calls on a GPU, where their marks would take part in what is timed.
+    the last timed call on a CPU, and on a GPU where one takes LONG_S: their marks, and a pause of Python's, do not show in it.
+    Elsewhere they are medians of more calls.
     `tell(phase)` hears what is under way; the timed calls are made within `during`. `settling`: keywords of the untimed calls
     between the first and the timed ones, where they need not draw a whole picture.
     Raises ArithmeticError when latents or a picture hold values that are not finite. Introduced in
@@ -112,21 +114,23 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
     settle = timing.SETTLING_CALLS if is_compiled(pipe) else 1
     warm = drawer(pipe, task, **call_kwargs | settling) if settling else draw
     turns = iter([(draw, 0)] + [(warm, 0)] * (settle * cuda) + [(draw, run) for run in range(runs)])
-    drawn, stages = [], {}
+    drawn, stages, calls, took = [], {}, 1 + settle * cuda + runs, 0.0
 
     def draw_next():
+        nonlocal took
         how, run = next(turns)
-        draw_it = lambda: drawn.append(how(run))
-        if cuda or len(drawn) < runs:
-            draw_it()
-        else:  # the last: on a CPU nothing has to wait for a stage to be timed, so no call of its own is needed
+        start, draw_it = time.perf_counter(), lambda: drawn.append(how(run))
+        if len(drawn) == calls - 1 and (not cuda or took >= LONG_S):
             stages.update(timing.stages(pipe, lambda: all_finite(pipe, draw_it)))
+        else:
+            draw_it()
+        took = time.perf_counter() - start
 
     tell("first call")
     timed = timing.measure(draw_next, runs, pipe.unet.device.type, settle, during)
-    if cuda:
+    if not stages:
         tell("stages")
-        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), stage_calls(timed.median))
+        stages = timing.stages(pipe, lambda: all_finite(pipe, draw), timing.STAGE_CALLS)
     memory = {"memory_bytes": timed.memory_bytes} if timed.memory_bytes else {}
     return {
         "latency_s": timing.latency(timed.runs_s),
@@ -136,11 +140,6 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
         "stages_ms": stages,
         **memory,
     }, drawn[-runs:]
-
-
-def stage_calls(seconds):
-    """How many calls tell the stages on a GPU: a pause of Python's, some 0.1 s, does not show in one that takes LONG_S."""
-    return timing.STAGE_CALLS if seconds < LONG_S else 1
 
 
 def pictures(pipe, task, **call_kwargs):

@@ -54,10 +54,13 @@ def test_the_other_levels_lose_no_more_than_they_say_at_the_worse_end():
 def test_of_rows_as_fast_as_each_other_the_better_is_taken_and_of_equals_the_first():
     assert chosen(row("quick", 0.099, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "good"
     assert chosen(row("quick", 0.09, 0.016, 33), row("good", 0.1, 0.001, 33))["balanced"] == "quick", "times apart"
+    steady = row("good", 0.1, 0.001, 33)
+    steady["latency_s"] |= {"p20": 0.1, "p80": 0.1}
+    assert chosen(row("quick", 0.097, 0.016, 33), steady)["balanced"] == "good", "3 % is no difference, however steady"
     assert chosen(row("first", 0.1), row("second", 0.099))["lossless"] == "first"
     unsteady = row("unsteady", 0.2, 0.001, 33)
     unsteady["latency_s"] |= {"p20": 0.05, "p80": 0.9}
-    assert chosen(row("quick", 0.1, 0.016, 33), unsteady)["balanced"] == "quick", "overlaps, and is no match"
+    assert chosen(row("quick", 0.1, 0.016, 33), unsteady)["balanced"] == "quick", "its times overlap, and its median is no match"
 
 
 def test_what_was_not_compared_with_the_baseline_qualifies_for_nothing():

@@ -73,7 +73,9 @@ def test_09_guidance():
     assert max(found["low"] for found in swept) < min(found["high"] for found in swept), "all overlap"
     never, always = (ROWS[i]["latency_s"]["median"] for i in ("cutoff_0", "cutoff_1"))
     assert 0.85 < never / always < 0.95, "guidance is a tenth of the time"
-    assert ROWS["cutoff_0.6"]["latency_s"]["median"] > 0.98 * always, "and a cutoff at 60 % saves nothing"
+    repeated = ROWS["engine_bf16"]["latency_s"]["median"], ROWS["euler_30_steps"]["latency_s"]["median"], always
+    spared = 1 - ROWS["cutoff_0.6"]["latency_s"]["median"] / always
+    assert spared < 1.5 * (max(repeated) / min(repeated) - 1), "a cutoff at 60 % spares what rows of the same work differ by"
 
 
 def test_10_and_the_readme_levels():
@@ -87,7 +89,7 @@ def test_10_and_the_readme_levels():
             assert max(found["high"] - found["value"], found["value"] - found["low"]) < 0.02, (level, fact)
     assert all(changed(chosen["balanced"]["id"], fact) == 0 for fact in levels.FACTS)
     for fact in levels.FACTS:  # on the engine nothing is lost, in bf16 and in fp8
-        for i in ("engine_bf16", "engine_fp8", "engine_fp8_tensor"):
+        for i in ("engine_bf16", "engine_fp8"):
             assert BASE[fact]["low"] < AT[i][fact]["value"] < BASE[fact]["high"] and changed(i, fact) >= 0
 
 
@@ -115,10 +117,16 @@ def test_what_the_readme_says_of_the_steps():
     assert lost["tiny_vae"] == pytest.approx(lost["cfg_cutoff"] / 2, rel=0.2)
     assert changed("dpm_20_alone") >= 0 and changed("dpm_20_alone", "objects") >= 0
     assert round(AT["dpm_20_alone"]["psnr_db"]["value"]) == 46 and round(AT["engine_fp8"]["psnr_db"]["value"]) == 42
+    points = {fact: round(100 * AT["cfg_cutoff"]["change"][fact]["value"], 1) for fact in levels.FACTS}
+    db = {i: round(AT[i]["psnr_db"]["value"], 1) for i in ("cfg_cutoff", "tiny_vae", "fused_qkv", "int8_every_layer")}
+    ms = {i: round(1e3 * ROWS[i]["latency_s"]["median"]) for i in ("int8_filter", "fused_qkv")}
+    assert points == {"objects": -0.6, "relations": -1.4} and db["cfg_cutoff"] == 31.8 and db["int8_every_layer"] == 48.5
+    assert db["tiny_vae"] - db["cfg_cutoff"] < 1.5 < 15 < db["fused_qkv"] - db["tiny_vae"], "the drift is the tiny VAE's"
+    assert not any(changed(i, fact) for i in ("int8_filter", "int8_every_layer") for fact in levels.FACTS)
+    assert ms == {"int8_filter": 160, "fused_qkv": 60}
 
 
 def test_13_fp8_drifts_and_loses_nothing():
-    row, tensor = AT["engine_fp8"], AT["engine_fp8_tensor"]
+    row = AT["engine_fp8"]
     assert row["psnr_db"]["high"] < AT["engine_bf16"]["psnr_db"]["low"] - 5, "several decibels beyond bf16"
-    assert tensor["psnr_db"]["value"] >= row["psnr_db"]["value"], "a scale a tensor drifts no further"
-    assert all(found["change"][fact]["low"] > -0.005 for found in (row, tensor) for fact in levels.FACTS)
+    assert all(row["change"][fact]["low"] > -0.005 for fact in levels.FACTS)

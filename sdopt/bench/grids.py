@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdopt import drawing, guidance, path, quantization
+from sdopt import drawing, guidance, path, quantization, timing
 from sdopt.bench import recipes
 from sdopt.bench.sweeps import CALLS, CUT, NINE, Sampled, sampling
 
@@ -173,7 +173,8 @@ def reckon(rows, recorded, shared):
             of = known[row.like]
             per_sample = of["latency_s"]["median"] / _samples(of["settings"], recorded["settings"])
             call = per_sample * row.samples(shared["steps"]) * (row.batch or shared["batch"])
-            calls = row.runs(shared["runs"]) + 1.2 + drawing.stage_calls(call)  # 1.2: a first call, and settling
+            calls = row.runs(shared["runs"]) + 1.2  # a first call, and settling
+            calls += timing.STAGE_CALLS * (call < drawing.LONG_S)
             took[row.id] = calls * call + row.anew * compiling
             took[row.id] += LOAD_S * (row.pipeline not in loaded)
             loaded.add(row.pipeline)

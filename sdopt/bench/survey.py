@@ -4,15 +4,14 @@ Rows that share a pipeline follow one another in one process, so that each pipel
 A row is first timed as in the other studies, one picture a call, and then draws a picture for each of thousands of prompts,
 hundreds a call. What is seen in every picture is kept beside the result, in OUT/<study>/<row>.json.xz.
 
-How long `pocket-quality` takes on an H200, reckoned from `took_s` of 73 of its rows there (2,560 pictures each):
-- a row of a sweep, on the engine: 1.9 s to draw for every 26 samples a picture of the UNet, and 2.7 s for the rest, decoding and
-  judging with SSIM, oracle and Frechet distance: 60 rows, 6 minutes;
-- a row in eager code: 8 to 19 s to time, 16 to 27 s to draw: 10 rows, 6 minutes; int8 in eager code 2 minutes;
-- a row that compiles: 40 s until its first picture, 45 s to compile for many pictures and draw them. Reckoned with half of both
-  where it finds its graphs, for all are compiled side by side before: 8 rows, 6 minutes, and 2 or 3 for that;
-- processes, imports and renders: 1 minute.
-Together 24 minutes at most. As it was measured it would have taken 32: the prompts were made again for each row (3 s), the
-renderer was compiled for twenty calls (2 minutes), and nothing was compiled side by side.
+How long `pocket-quality` takes on an H200, by `took_s` of the 79 rows recorded there (2,560 pictures each), 28 minutes in all:
+- 4.4 minutes to compile what 9 rows need, and 15 s to render;
+- 57 rows of sweeps, on the engine, 7.3 minutes: 0.07 s to draw for each sample a picture of the UNet, and 4.3 s for the rest,
+  decoding and judging with SSIM, oracle and Frechet distance;
+- 10 rows in eager code 6 minutes, int8 in eager code 2.5; 9 rows that compile, found compiled, 5 minutes; the engine's 1;
+- 1 minute for processes to end before the next began.
+Since then pictures are read and distances taken many at once on the GPU, one picture and many are compiled in processes of
+their own, calls that settle have two steps, and a process ends while the next loads: 23 minutes, reckoned.
 """
 
 from functools import partial
