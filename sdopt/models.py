@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdopt.errors import UserError, first_line
 from sdopt.pocket import PIPELINE
+from sdopt.precision import compute_wide
 
 CONFIGS = Path(__file__).parent / "configs"
 CLASSES = {
@@ -155,6 +156,7 @@ def load(name, weights=None, device="cpu"):
     else:
         pipe = _from_folder(chosen, PIPELINE if weights == chosen.weights else Path(weights))
     pipe.scheduler = SCHEDULERS[chosen.scheduler].from_config(pipe.scheduler.config)
+    compute_wide(device)
     return pipe.to(device)
 
 

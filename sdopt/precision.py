@@ -1,12 +1,18 @@
 """Steps 1 and 2: the number formats. What fp32 really means on a GPU, and half precision."""
 
+from functools import cache
+
 import torch
+from torch import nn
+from torch.nn.functional import linear
 
 from sdopt.errors import UserError
 
 # Whether (matrix products, cuDNN convolutions) may round their fp32 inputs to TF32's 10-bit mantissa and so run on
 # tensor cores. The first is PyTorch's default; a baseline called "fp32" has to say which of the three it is.
 TF32 = {"convolutions": (False, True), "everywhere": (True, True), "nowhere": (False, False)}
+HALF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+WIDE = set()  # of HALF, those whose layers compute in float32 on a CPU: see `compute_wide`
 
 
 def set_tf32(policy: str) -> None:
@@ -35,12 +41,13 @@ def half_precision(pipe, dtype: torch.dtype | None = None):
 
     The VAE goes along. In bfloat16 that is safe, its range is float32's. In float16 SDXL's VAE overflows: the stock
     pipeline knows (`vae.config.force_upcast`) and runs that decoder in float32, which costs time but no picture.
-    Raises UserError for a dtype that is no 16-bit float.
+    For a CPU without instructions for such floats see `compute_wide`. Raises UserError for a dtype that is no 16-bit float.
     Source: diffusers' "Accelerate inference" tutorial. Introduced in notebooks/02_bf16.
     """
     dtype = dtype or half_dtype(pipe.unet.device)
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         raise UserError(f"{dtype} is no half precision: use torch.bfloat16 or torch.float16")
+    compute_wide(pipe.unet.device)
     return _to(pipe, dtype)
 
 
@@ -50,6 +57,48 @@ def half_dtype(device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return torch.bfloat16
+
+
+def compute_wide(device) -> None:
+    """Where `device` is a CPU without instructions for 16-bit floats, let their layers compute in float32 from now on.
+
+    Factors of 16 bits, sums of 32, and what comes out rounded to 16: a CPU with such instructions does it in one go. Where
+    it has none, PyTorch multiplies one number after another, and a convolution takes 50 times as long as in float32. A
+    switch for the whole process: of Conv2d and Linear in `torch.nn`, for 16-bit floats on a CPU. All else, and layers with
+    quantised weights, is computed as before. Introduced in notebooks/02_bf16.
+    """
+    for dtype in HALF if torch.device(device).type == "cpu" else ():
+        if dtype not in WIDE and not _has_instructions(dtype):
+            WIDE.add(dtype)
+            _switch()
+
+
+def computes_wide(module) -> bool:
+    """Whether a module's layers compute in float32 what is stored in 16 bits: see `compute_wide`."""
+    return module.device.type == "cpu" and module.dtype in WIDE
+
+
+def _has_instructions(dtype):
+    mkldnn = torch.backends.mkldnn.is_available()
+    return mkldnn and getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype]}_supported")()
+
+
+@cache
+def _switch():
+    stock_conv, stock_linear = nn.Conv2d._conv_forward, nn.Linear.forward
+    float_ = lambda bias: None if bias is None else bias.float()
+
+    def conv_forward(self, x, weight, bias):
+        if x.dtype in WIDE and x.device.type == "cpu":
+            return stock_conv(self, x.float(), weight.float(), float_(bias)).to(x.dtype)
+        return stock_conv(self, x, weight, bias)
+
+    def linear_forward(self, x):
+        if x.dtype in WIDE and x.device.type == "cpu" and type(self.weight) is nn.Parameter:
+            return linear(x.float(), self.weight.float(), float_(self.bias)).to(x.dtype)
+        return stock_linear(self, x)
+
+    nn.Conv2d._conv_forward, nn.Linear.forward = conv_forward, linear_forward
 
 
 def _to(pipe, dtype):
