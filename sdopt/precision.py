@@ -1,7 +1,5 @@
 """Steps 1 and 2: the number formats. What fp32 really means on a GPU, and half precision."""
 
-from functools import cache
-
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -63,14 +61,15 @@ def compute_wide(device) -> None:
     """Where `device` is a CPU without instructions for 16-bit floats, let their layers compute in float32 from now on.
 
     Factors of 16 bits, sums of 32, and what comes out rounded to 16: a CPU with such instructions does it in one go. Where
-    it has none, PyTorch multiplies one number after another, and a convolution takes 50 times as long as in float32. A
+    it has none, PyTorch multiplies one number after another, and a picture takes many times as long as in float32. A
     switch for the whole process: of Conv2d and Linear in `torch.nn`, for 16-bit floats on a CPU. All else, and layers with
     quantised weights, is computed as before. Introduced in notebooks/02_bf16.
     """
     for dtype in HALF if torch.device(device).type == "cpu" else ():
         if dtype not in WIDE and not _has_instructions(dtype):
+            if not WIDE:
+                _switch()
             WIDE.add(dtype)
-            _switch()
 
 
 def computes_wide(module) -> bool:
@@ -83,7 +82,6 @@ def _has_instructions(dtype):
     return mkldnn and getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALF[dtype]}_supported")()
 
 
-@cache
 def _switch():
     stock_conv, stock_linear = nn.Conv2d._conv_forward, nn.Linear.forward
     float_ = lambda bias: None if bias is None else bias.float()

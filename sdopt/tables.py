@@ -165,7 +165,7 @@ def remarks(result):
     if beside:
         named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
         said.append(f"beside the nine steps, compared with the baseline alone: {named}")
-    return [*said, *breakeven.first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_gpu(result)]
+    return [*said, *breakeven.first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_wide(rows), *_gpu(result)]
 
 
 def _attention(rows):
@@ -195,6 +195,12 @@ def _vae(rows):
         if vae and vae != unet:
             told.append(f"{row['id']}: the VAE runs in {vae}, the UNet in {unet}")
     return told
+
+
+def _wide(rows):
+    wide = [row["id"] for row in rows if row.get("as_run", {}).get("computes_in")]
+    why = "this CPU has no instructions for 16-bit floats"
+    return [f"{why}: layers compute in float32 and round in {_run_on(wide, [row['id'] for row in rows])}"] if wide else []
 
 
 def _gpu(result):

@@ -1,8 +1,14 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from tiny import draw, native, psnr
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+from sdopt import models, precision
+from sdopt.bench.row import as_run
 from sdopt.errors import UserError
 from sdopt.precision import full_precision, half_dtype, half_precision, set_tf32
 
@@ -57,6 +63,43 @@ def test_half_precision_goes_back_to_full(sdxl):
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert half_dtype("cuda") is dtype
+
+
+@pytest.fixture
+def without_instructions(monkeypatch):
+    """A CPU without instructions for 16-bit floats; `torch.nn` is as it was afterwards."""
+    for cls, name in ((nn.Conv2d, "_conv_forward"), (nn.Linear, "forward")):
+        monkeypatch.setattr(cls, name, getattr(cls, name))
+    monkeypatch.setattr(precision, "WIDE", set())
+    monkeypatch.setattr(precision, "_has_instructions", lambda dtype: False)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, bias=False), nn.Linear(6, 8), nn.Linear(6, 8, bias=False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_instructions_layers_compute_in_float32_and_round(without_instructions, layer, dtype):
+    x, layer = torch.randn(2, 4, 6, 6).to(dtype), copy.deepcopy(layer)
+    wide = lambda: copy.deepcopy(layer.to(dtype)).float()(x.float())  # the same rounded weights
+    expected, exact = wide().to(dtype), wide()
+    precision.compute_wide("cpu")
+    assert torch.equal(layer(x), expected) and torch.equal(copy.deepcopy(layer).float()(x.float()), exact)
+
+
+def test_the_switch_is_turned_where_pipelines_are_made_and_leaves_quantised_layers_alone(without_instructions):
+    layers, x = nn.Sequential(nn.Linear(64, 64)).bfloat16(), torch.randn(3, 64).bfloat16()
+    quantize_(layers, Int8DynamicActivationInt8WeightConfig())
+    before = layers(x)
+    pipe = models.load("pocket")
+    assert precision.WIDE == {torch.bfloat16, torch.float16} and not precision.computes_wide(pipe.unet), "in float32 as ever"
+    assert torch.equal(layers(x), before)
+    assert precision.computes_wide(half_precision(pipe).unet) and as_run(pipe)["computes_in"] == "float32"
+
+
+def test_with_instructions_nothing_is_switched(monkeypatch):
+    monkeypatch.setattr(precision, "WIDE", set())
+    monkeypatch.setattr(precision, "_has_instructions", lambda dtype: True)
+    stock = nn.Linear.forward
+    pipe = half_precision(models.load("pocket"))
+    assert nn.Linear.forward is stock and not precision.computes_wide(pipe.unet) and "computes_in" not in as_run(pipe)
 
 
 def test_bad_input(sdxl):

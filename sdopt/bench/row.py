@@ -12,19 +12,8 @@ import numpy as np
 import torch
 import transformers
 
-from sdopt import (
-    attention,
-    compilation,
-    drawing,
-    engine,
-    models,
-    path,
-    profiling,
-    quantization,
-    results,
-    schedulers,
-    timing,
-)
+from sdopt import attention, compilation, drawing, engine, models, path, precision, profiling
+from sdopt import quantization, results, schedulers, timing
 from sdopt.bench import claims, sensors
 from sdopt.bench.process import KEEPING, PROFILING, RowFailed, summary
 from sdopt.errors import UserError
@@ -250,6 +239,7 @@ def as_run(pipe):
         "compiled": compilation.compiled_kind(pipe),
         "int8_layers": quantization.int8_layers(pipe),
         "fp8_layers": engine.fp8_layers(pipe) or quantization.torchao_fp8_layers(pipe),
+        **({"computes_in": "float32"} if precision.computes_wide(pipe.unet) else {}),
     }
 
 
