@@ -43,6 +43,7 @@ WAYS = {
     "fused": "pointwise operators computed by their neighbours, started by a CUDA graph or compiled code",
 }
 SIDE = {"cuda": 8192, "cpu": 2048}  # of the product whose rate is a ceiling
+SMALL, REACH_S = 128, 0.25  # on a CPU: the side that is tried first, and seconds that a product may take
 COPIED = {"cuda": 2**29, "cpu": 2**27}  # bytes, far more than a cache holds
 
 
@@ -117,11 +118,26 @@ def ceilings(device: str, formats: Iterable[str] = ("float32",), side: int | Non
     """
     kind = torch.device(device).type
     side, copied = side or SIDE[kind], copied or COPIED[kind]
-    rates = {name: 2 * side**3 / product_seconds(name, side, device, pick=min) for name in sorted(formats)}
+    sides = {name: within_reach((name,), side, device) for name in sorted(formats)}
+    rates = {name: 2 * most**3 / product_seconds(name, most, device, pick=min) for name, most in sides.items()}
     to, of = torch.ones(2, copied, dtype=torch.uint8, device=device)
     moved = 2 * copied / kernel_seconds(lambda: to.copy_(of), device, repeats=3, rounds=9, pick=min)
     one = torch.zeros(1, device=device)
     return Ceilings(rates, moved, in_turns([lambda: one.add_(1)], device, repeats=1000, pick=min)[0])
+
+
+def within_reach(names: Iterable[str], side: int, device: str) -> int:
+    """The largest side, halved from `side`, of a square product that takes REACH_S at most in each of the formats `names`.
+
+    On a GPU `side` itself. A CPU without instructions for a format takes minutes over a large product, by which a small one's
+    rate is no other. Introduced in notebooks/02_bf16.
+    """
+    if torch.device(device).type != "cpu":
+        return side
+    small = [product_seconds(name, SMALL, device, repeats=1, rounds=5, pick=min) for name in names]
+    while side > SMALL and max(small) * (side / SMALL) ** 3 > REACH_S:
+        side //= 2
+    return side
 
 
 def product_seconds(name: str, side: int, device: str, **timed) -> float:

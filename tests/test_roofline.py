@@ -138,3 +138,15 @@ def test_ceilings_are_measured_in_the_formats_that_are_asked_for():
     assert torch.backends.cuda.matmul.allow_tf32 == before
     with pytest.raises(UserError, match="no product is measured in float8"):
         roofline.ceilings("cpu", ("float8",))
+
+
+def test_a_format_without_instructions_is_measured_by_a_small_product(monkeypatch):
+    took = {"float32": 1e-5, "bfloat16": 4e-3}  # seconds at the side that is tried first
+    asked = []
+    monkeypatch.setattr(roofline, "product_seconds", lambda name, side, device, **timed: asked.append((name, side)) or took[name])
+    assert roofline.within_reach(("float32",), 2048, "cpu") == 2048
+    assert roofline.within_reach(("float32", "bfloat16"), 2048, "cpu") == 256, "512 would take 0.256 s"
+    asked.clear()
+    assert roofline.within_reach(("bfloat16",), 8192, "cuda") == 8192 and not asked, "nothing is tried on a GPU"
+    roofline.ceilings("cpu", ("bfloat16", "float32"), copied=2**20)
+    assert [pair for pair in asked if pair[1] != roofline.SMALL] == [("bfloat16", 256), ("float32", 2048)]
