@@ -72,9 +72,9 @@ def compute_wide(device) -> None:
             WIDE.add(dtype)
 
 
-def computes_wide(module) -> bool:
-    """Whether a module's layers compute in float32 what is stored in 16 bits: see `compute_wide`."""
-    return module.device.type == "cpu" and module.dtype in WIDE
+def computes_in(module) -> torch.dtype:
+    """The dtype in which a module's layers multiply: its own, or float32 where `compute_wide` has been at work."""
+    return torch.float32 if module.device.type == "cpu" and module.dtype in WIDE else module.dtype
 
 
 def _has_instructions(dtype):

@@ -89,9 +89,11 @@ def test_the_switch_is_turned_where_pipelines_are_made_and_leaves_quantised_laye
     quantize_(layers, Int8DynamicActivationInt8WeightConfig())
     before = layers(x)
     pipe = models.load("pocket")
-    assert precision.WIDE == {torch.bfloat16, torch.float16} and not precision.computes_wide(pipe.unet), "in float32 as ever"
+    assert precision.WIDE == {torch.bfloat16, torch.float16} and precision.computes_in(pipe.unet) is torch.float32
     assert torch.equal(layers(x), before)
-    assert precision.computes_wide(half_precision(pipe).unet) and as_run(pipe)["computes_in"] == "float32"
+    assert "computes_in" not in as_run(pipe)
+    half_precision(pipe)
+    assert precision.computes_in(pipe.unet) is torch.float32 and as_run(pipe)["computes_in"] == "float32"
 
 
 def test_with_instructions_nothing_is_switched(monkeypatch):
@@ -99,7 +101,7 @@ def test_with_instructions_nothing_is_switched(monkeypatch):
     monkeypatch.setattr(precision, "_has_instructions", lambda dtype: True)
     stock = nn.Linear.forward
     pipe = half_precision(models.load("pocket"))
-    assert nn.Linear.forward is stock and not precision.computes_wide(pipe.unet) and "computes_in" not in as_run(pipe)
+    assert nn.Linear.forward is stock and precision.computes_in(pipe.unet) is torch.bfloat16 and "computes_in" not in as_run(pipe)
 
 
 def test_bad_input(sdxl):

@@ -239,7 +239,7 @@ def as_run(pipe):
         "compiled": compilation.compiled_kind(pipe),
         "int8_layers": quantization.int8_layers(pipe),
         "fp8_layers": engine.fp8_layers(pipe) or quantization.torchao_fp8_layers(pipe),
-        **({"computes_in": "float32"} if precision.computes_wide(pipe.unet) else {}),
+        **({"computes_in": "float32"} if precision.computes_in(pipe.unet) != pipe.unet.dtype else {}),
     }
 
 
