@@ -32,7 +32,8 @@ def pareto(result):
 def recommended(result):
     """{"lossless": row, "balanced": row, "fastest": row} of a quality study: of those that qualify, the fastest.
 
-    Of rows that are AS_FAST as the fastest it is that with the most prompts all right, and of equals the study's first. Raises UserError as `qualifying` does. Introduced in notebooks/10_the_whole_path.
+    Of rows that are AS_FAST as the fastest it is that with the most prompts all right, and of equals the study's first.
+    Raises UserError as `qualifying` does. Introduced in notebooks/10_the_whole_path.
     """
     return {level: _best(qualifying(result, level)) for level in LEVELS}
 

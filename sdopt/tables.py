@@ -165,7 +165,8 @@ def remarks(result):
     if beside:
         named = ", ".join(f"{row['id']} ({row['label']})" for row in beside)
         said.append(f"beside the nine steps, compared with the baseline alone: {named}")
-    return [*said, *breakeven.first_calls(rows), *([] if is_peers(result) else _attention(rows)), *_vae(rows), *_wide(rows), *_gpu(result)]
+    attended = [] if is_peers(result) else _attention(rows)
+    return [*said, *breakeven.first_calls(rows), *attended, *_vae(rows), *_wide(rows), *_gpu(result)]
 
 
 def _attention(rows):

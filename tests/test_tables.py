@@ -187,3 +187,12 @@ def test_a_kernel_is_told_beside_what_it_replaces_and_a_copy():
     page = tables.kernels(told).splitlines()
     assert page[0].startswith("Some GPU, bfloat16; torch ")
     assert page[-1] == "| geglu | 8192 x 5120 | 90.0 us | 30.0 us | 20.0 us | 3,200 | 80% |"
+
+
+def test_what_computes_in_float32_is_told():
+    told = result()
+    assert not any("instructions" in said for said in tables.remarks(told))
+    for row in told["rows"][1:]:
+        row["as_run"] = row.get("as_run", {}) | {"computes_in": "float32"}
+    (said,) = (said for said in tables.remarks(told) if "instructions" in said)
+    assert said.endswith("layers compute in float32 and round in bf16 to cfg_cutoff")
