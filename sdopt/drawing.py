@@ -113,14 +113,14 @@ def measure(pipe, task, tell=lambda phase: None, during=nullcontext(), settling=
     cuda, runs = pipe.unet.device.type == "cuda", len(task.prompts)
     settle = timing.SETTLING_CALLS if is_compiled(pipe) else 1
     warm = drawer(pipe, task, **call_kwargs | settling) if settling else draw
-    turns = iter([(draw, 0)] + [(warm, 0)] * (settle * cuda) + [(draw, run) for run in range(runs)])
-    drawn, stages, calls, took = [], {}, 1 + settle * cuda + runs, 0.0
+    turns = [(draw, 0)] + [(warm, 0)] * (settle * cuda) + [(draw, run) for run in range(runs)]
+    drawn, stages, took = [], {}, 0.0
 
     def draw_next():
         nonlocal took
-        how, run = next(turns)
+        how, run = turns[len(drawn)]
         start, draw_it = time.perf_counter(), lambda: drawn.append(how(run))
-        if len(drawn) == calls - 1 and (not cuda or took >= LONG_S):
+        if len(drawn) == len(turns) - 1 and (not cuda or took >= LONG_S):
             stages.update(timing.stages(pipe, lambda: all_finite(pipe, draw_it)))
         else:
             draw_it()

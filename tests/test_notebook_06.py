@@ -1,5 +1,7 @@
 """What notebooks/06_int8 kept."""
 
+from tiny import computes_wide
+
 
 def test_06_int8(kept):
     seen = kept("06_int8")
@@ -26,8 +28,8 @@ def test_06_the_product_by_hand(kept):
 
 def test_06_the_filters(kept):
     seen = kept("06_int8")
-    assert 2 <= len(seen["gains"]) <= 5, "the largest are left out where a product takes seconds"
-    assert all(0.002 < gain < 20 for gain in seen["gains"].values())
+    fewest, least = (2, 0.002) if computes_wide() else (5, 0.05)  # no instructions, and the largest left out
+    assert fewest <= len(seen["gains"]) <= 5 and all(least < gain < 20 for gain in seen["gains"].values())
     agree, of = seen["sdxl_agree"]
     assert of == 533 and of - agree == 15
     ops, more = seen["operations"]

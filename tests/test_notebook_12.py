@@ -1,16 +1,13 @@
 """What notebooks/12_cuda_graphs kept."""
 
 import pytest
-import torch
-
-from sdopt import precision
+from tiny import computes_wide
 
 
 def test_12_counts_what_a_call_asks_for_and_bounds_what_a_graph_gains(kept):
     seen = kept("12_cuda_graphs")
     assert seen["model"] == "pocket"
-    precision.compute_wide("cpu")
-    casts = 2 if torch.bfloat16 in precision.WIDE else 1  # each layer then casts what it reads and what it answers
+    casts = 2 if computes_wide() else 1  # each layer then casts what it reads and what it answers
     assert 400 < seen["operations"]["unet"] < casts * 800 and 30 < seen["operations"]["text_encoder"] < casts * 150
     assert 600 < seen["operations"]["sd15"] < 900
     sdpa, compiled = seen["waiting"]["sdpa"], seen["waiting"]["compile"]

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from made_up import killed, stages_result
+from tiny import computes_wide
 
-from sdopt import engine, precision, results, roofline
+from sdopt import engine, results, roofline
 from sdopt.bench import process, stages, studies, walk
 from sdopt.bench.judge import Judge
 from sdopt.bench.row import Recipe
@@ -37,7 +38,7 @@ def test_a_row_is_counted_and_predicted_before_it_is_timed(monkeypatch):
     for stage, counted in about["stages"].items():
         assert counted["way"] == "eager" and counted["predicted_ms"] > 0 and counted["bytes"] > 0
         assert sum(kind["flops"] for kind in counted["kinds"].values()) == sum(counted["flops"].values())
-        layers = "float32" if torch.bfloat16 in precision.WIDE else "bfloat16"  # attention stays in its own
+        layers = "float32" if computes_wide() else "bfloat16"  # attention stays in its own
         assert counted["flops"].keys() <= {layers, "bfloat16"} and (layers in counted["flops"]) == (stage != "scheduler")
         at_least = max(sum(counted["flops"].values()) / 1e11, counted["operators"] * 1e-6)
         assert counted["predicted_ms"] >= 1e3 * at_least * 0.999

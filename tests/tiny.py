@@ -8,7 +8,14 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdopt import precision
 from sdopt.models import MODELS
+
+
+def computes_wide():
+    """Whether layers of bfloat16 compute in float32 on this machine's CPU: what is counted and timed there differs."""
+    precision.compute_wide("cpu")
+    return torch.bfloat16 in precision.WIDE
 
 
 def tiny_sdxl():

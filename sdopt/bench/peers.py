@@ -44,9 +44,8 @@ def take_turns(
                 progress(shared["runs"], f"{i}: a last look")
                 _look(ledger, jobs[i], worker, limit_s)
             for worker in workers.values():  # while nothing is timed, and all at once
-                worker.let_go()
-            for worker in workers.values():
-                worker.close()
+                fresh.let_go(worker)
+            fresh.join()
         finally:
             for worker in workers.values():
                 worker.stop()
