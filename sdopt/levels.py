@@ -4,13 +4,14 @@ from sdopt import results
 from sdopt.errors import UserError
 
 REFERENCE = "baseline_fp32"
+AGAIN = "noise_seed"  # the baseline's work once more, from another seed
 YARDSTICKS = ("noise_bf16", "bf16")  # bf16 against fp32, attention by SDPA and by the formula: two ways to round
 FACTS = ("objects", "relations")
 WHOLE = "prompts_all_right"
 DRIFT = ("psnr_db", "ssim")
 LOST = {"balanced": 0.02, "fastest": 0.10}  # how much of the objects, and of the relations, may be lost at most
 LEVELS = ("lossless", *LOST)
-AS_FAST = 1.05  # times the fastest median at most: the same work, timed again in a row of its own, differs by as much
+AS_FAST = 1.10  # times the fastest median at most: the same work in a row of its own differed by 6 % in one recording
 ABOUT = ("steps", "scheduler", "cutoff", "start", "stop", "seed", "runs", "int8_anyway", "int8_every_layer")
 
 
@@ -67,10 +68,18 @@ def qualifying(result, level):
     return [row for row in _candidates(result) if good_enough(row)]
 
 
+def counted_from(result):
+    """The row that speed-ups are counted from: the baseline, or AGAIN where the same work took less time there.
+
+    The GPU waits for Python in both, and a slow moment of the host would pass for everybody else's gain.
+    """
+    rows = {row["id"]: row for row in result["rows"] if row["status"] == "ok"}
+    return min((rows[i] for i in (REFERENCE, AGAIN) if i in rows), key=lambda row: row["latency_s"]["median"])
+
+
 def speedup(row, result):
-    """How many times faster a row is than the baseline of its study, and whether clearly so: see `results.compare`."""
-    base = next(row for row in result["rows"] if row["id"] == REFERENCE)
-    return results.compare(row, base, about=ABOUT)
+    """How many times faster a row is than the baseline's work, and whether clearly so: see `results.compare`."""
+    return results.compare(row, counted_from(result), about=ABOUT)
 
 
 def _best(rows):

@@ -126,7 +126,7 @@ class Recommendation:
 # on the engine), and the steps whose rows alone are not lossless.
 LEVELS = {
     "lossless": {},
-    "balanced": {"scheduler": "euler", "num_steps": 6},
+    "balanced": {"scheduler": "euler_ancestral", "num_steps": 8},
     "fastest": {"scheduler": "euler", "num_steps": 4},
 }
 LOSSY = ("tiny_vae", "dpm_20", "cfg_cutoff")

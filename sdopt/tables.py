@@ -253,7 +253,7 @@ def markdown(result):
 def levels(result):
     """The three levels of a quality study for a page: what each is, what it gains and its price, and by which rule."""
     grid = pagetables.lined(qualitytables.LEVELS_HEADER, *qualitytables.level_lines(result), words=3)
-    told = f"{first_upper(qualitytables.rule())} {qualitytables.again(result)}".rstrip()
+    told = " ".join(f"{first_upper(each)}." for each in (qualitytables.rule(), qualitytables.again(result)) if each)
     return f"{first_upper(figures.described(result))}; {_versions(result)}.\n\n{grid}\n\n{told}"
 
 

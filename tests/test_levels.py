@@ -72,7 +72,17 @@ def test_what_was_not_compared_with_the_baseline_qualifies_for_nothing():
 def test_the_levels_say_when_the_baseline_does_not_repeat_itself():
     same, slower = (study(row("noise_seed", seconds, db=None, family="noise")) for seconds in (0.505, 0.75))
     assert qualitytables.again(study()) == qualitytables.again(same) == ""
-    assert "differ by 1.50 times" in qualitytables.again(slower) and "1.50 times" in report.BLOCKS["levels"](slower)
+    told = "counted from baseline_fp32, 0.500 s: noise_seed took 0.750 s"
+    assert told in qualitytables.again(slower) and told in report.BLOCKS["levels"](slower)
+
+
+def test_speedups_are_counted_from_the_faster_of_two_rows_that_do_the_baselines_work():
+    made = study(row("noise_seed", 0.25, db=None, family="noise"), row("euler_4", 0.05, 0.05, 25))
+    assert levels.counted_from(study())["id"] == "baseline_fp32" and levels.counted_from(made)["id"] == "noise_seed"
+    cells = {line[0]: line for line in qualitytables.lines(made)}
+    gains = [cells[i][qualitytables.HEADER.index("baseline /")] for i in ("baseline_fp32", "noise_seed", "euler_4")]
+    assert gains == ["0.50x", "", "5.00x"] and "5.00x" in report.BLOCKS["levels"](made)
+    assert "noise_seed, 0.250 s: baseline_fp32 took 0.500 s" in tables.text(made)
 
 
 def test_a_yardstick_is_never_recommended_and_a_row_that_failed_neither():

@@ -156,7 +156,7 @@ def test_a_level_by_its_name_is_for_the_device_the_pipeline_is_on(pocket, monkey
     assert path.worthwhile("cuda:0") == path.worthwhile("NVIDIA H200") and not path.recommended("balanced", "CPU").engine
     monkeypatch.setattr(path, "LOSSY", (*path.LOSSY, "compile"))
     _, call = prepare(pocket, "balanced")
-    assert call == {"num_inference_steps": 6} and "bf16" in pocket._sdopt_steps
+    assert call == {"num_inference_steps": 8} and "bf16" in pocket._sdopt_steps
 
 
 def test_a_level_takes_the_pipelines_own_scheduler_back(pocket):

@@ -9,6 +9,7 @@ STUDY = results.read(FOLDER / "pocket-quality.json")
 ROWS = {row["id"]: row for row in STUDY["rows"] if row["status"] == "ok"}
 AT = {i: row["quality"] for i, row in ROWS.items()}
 BASE = AT["baseline_fp32"]
+FP8 = ("engine_fp8", "engine_fp8_tensor")  # a scale a row, a scale a tensor
 
 
 def flat(found, name=""):
@@ -72,10 +73,10 @@ def test_09_guidance():
     swept = [AT[i]["frechet"] for i, row in ROWS.items() if row["family"] == "guidance" and i != "cutoff_0"]
     assert max(found["low"] for found in swept) < min(found["high"] for found in swept), "all overlap"
     never, always = (ROWS[i]["latency_s"]["median"] for i in ("cutoff_0", "cutoff_1"))
-    assert 0.85 < never / always < 0.95, "guidance is a tenth of the time"
+    assert 0.9 < never / always < 1, "guidance is a small share of the time"
     repeated = ROWS["engine_bf16"]["latency_s"]["median"], ROWS["euler_30_steps"]["latency_s"]["median"], always
-    spared = 1 - ROWS["cutoff_0.6"]["latency_s"]["median"] / always
-    assert spared < 1.5 * (max(repeated) / min(repeated) - 1), "a cutoff at 60 % spares what rows of the same work differ by"
+    differ = max(repeated) / min(repeated) - 1
+    assert 1 - never / always < differ and 0.02 < differ < 0.08, "it spares no more than rows of the same work differ by"
 
 
 def test_10_and_the_readme_levels():
@@ -87,9 +88,12 @@ def test_10_and_the_readme_levels():
         for fact in levels.FACTS:
             found = row["quality"][fact]
             assert max(found["high"] - found["value"], found["value"] - found["low"]) < 0.02, (level, fact)
-    assert all(changed(chosen["balanced"]["id"], fact) == 0 for fact in levels.FACTS)
+    assert all(changed(chosen["balanced"]["id"], fact) >= 0 for fact in levels.FACTS)
+    taken, same = (ROWS[i] for i in ("euler_ancestral_8_steps", "euler_6_steps"))
+    assert chosen["balanced"] is taken and changed(taken["id"]) == 1, "the README: gets more right than the baseline"
+    assert taken["latency_s"]["median"] < 1.03 * same["latency_s"]["median"], "the README: in as little time as Euler's 6 steps"
     for fact in levels.FACTS:  # on the engine nothing is lost, in bf16 and in fp8
-        for i in ("engine_bf16", "engine_fp8"):
+        for i in ("engine_bf16", *FP8):
             assert BASE[fact]["low"] < AT[i][fact]["value"] < BASE[fact]["high"] and changed(i, fact) >= 0
 
 
@@ -116,17 +120,17 @@ def test_what_the_readme_says_of_the_steps():
     assert changed("cfg_cutoff_alone") == changed("tiny_vae_alone") == -1 and lost["cfg_cutoff"] == pytest.approx(1, abs=0.15)
     assert lost["tiny_vae"] == pytest.approx(lost["cfg_cutoff"] / 2, rel=0.2)
     assert changed("dpm_20_alone") >= 0 and changed("dpm_20_alone", "objects") >= 0
-    assert round(AT["dpm_20_alone"]["psnr_db"]["value"]) == 46 and round(AT["engine_fp8"]["psnr_db"]["value"]) == 42
+    assert round(AT["dpm_20_alone"]["psnr_db"]["value"]) == 46 and [round(AT[i]["psnr_db"]["value"]) for i in FP8] == [42, 43]
     points = {fact: round(100 * AT["cfg_cutoff"]["change"][fact]["value"], 1) for fact in levels.FACTS}
     db = {i: round(AT[i]["psnr_db"]["value"], 1) for i in ("cfg_cutoff", "tiny_vae", "fused_qkv", "int8_every_layer")}
     ms = {i: round(1e3 * ROWS[i]["latency_s"]["median"]) for i in ("int8_filter", "fused_qkv")}
-    assert points == {"objects": -0.6, "relations": -1.4} and db["cfg_cutoff"] == 31.8 and db["int8_every_layer"] == 48.5
+    assert points == {"objects": -0.6, "relations": -1.3} and db["cfg_cutoff"] == 31.8 and db["int8_every_layer"] == 48.5
     assert db["tiny_vae"] - db["cfg_cutoff"] < 1.5 < 15 < db["fused_qkv"] - db["tiny_vae"], "the drift is the tiny VAE's"
     assert not any(changed(i, fact) for i in ("int8_filter", "int8_every_layer") for fact in levels.FACTS)
-    assert ms == {"int8_filter": 160, "fused_qkv": 60}
+    assert ms == {"int8_filter": 90, "fused_qkv": 52}
 
 
 def test_13_fp8_drifts_and_loses_nothing():
-    row = AT["engine_fp8"]
-    assert row["psnr_db"]["high"] < AT["engine_bf16"]["psnr_db"]["low"] - 5, "several decibels beyond bf16"
-    assert all(row["change"][fact]["low"] > -0.005 for fact in levels.FACTS)
+    for row in (AT[i] for i in FP8):
+        assert row["psnr_db"]["high"] < AT["engine_bf16"]["psnr_db"]["low"] - 5, "several decibels beyond bf16"
+        assert all(row["change"][fact]["low"] > -0.005 for fact in levels.FACTS)

@@ -4,14 +4,12 @@ Rows that share a pipeline follow one another in one process, so that each pipel
 A row is first timed as in the other studies, one picture a call, and then draws a picture for each of thousands of prompts,
 hundreds a call. What is seen in every picture is kept beside the result, in OUT/<study>/<row>.json.xz.
 
-How long `pocket-quality` takes on an H200, by `took_s` of the 79 rows recorded there (2,560 pictures each), 28 minutes in all:
-- 4.4 minutes to compile what 9 rows need, and 15 s to render;
-- 57 rows of sweeps, on the engine, 7.3 minutes: 0.07 s to draw for each sample a picture of the UNet, and 4.3 s for the rest,
+How long `pocket-quality` takes on an H200, by `took_s` of the 80 rows recorded there (2,560 pictures each), 24 minutes in all:
+- 4.1 minutes to compile what 9 rows need, and 15 s to render;
+- 57 rows of sweeps, on the engine, 5.9 minutes: 0.07 s to draw for each sample a picture of the UNet, and 2.9 s for the rest,
   decoding and judging with SSIM, oracle and Frechet distance;
-- 10 rows in eager code 6 minutes, int8 in eager code 2.5; 9 rows that compile, found compiled, 5 minutes; the engine's 1;
+- 10 rows in eager code 5.4 minutes, int8 in eager code 1.9; 9 rows that compile, found compiled, 4.4 minutes; 3 on the engine 1;
 - 1 minute for processes to end before the next began.
-Since then pictures are read and distances taken many at once on the GPU, one picture and many are compiled in processes of
-their own, calls that settle have two steps, and a process ends while the next loads: 23 minutes, reckoned.
 """
 
 from functools import partial
