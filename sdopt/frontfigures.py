@@ -65,9 +65,9 @@ def _name(axes, front, marked):
     for k, (i, row) in enumerate(sorted(named.items(), key=lambda item: _point(item[1])), 1):
         here = [level for level, chosen in marked.items() if chosen["id"] == i]
         names.append(f"{k}  {i}" + (f": {', '.join(here)}" if here else ""))
-        above = (0, 12 if k % 2 else -18)
+        beside = (0, 10) if here else (-7, -3)  # above its ring, or left of the point: the front's lie above one another
         axes.annotate(
-            str(k), _point(row), xytext=above, textcoords="offset points", ha="center", fontsize=9, color=INK,
+            str(k), _point(row), xytext=beside, textcoords="offset points", ha="center", fontsize=9, color=INK,
             fontweight="bold" if here else "normal",
         )  # fmt: skip
         if here:

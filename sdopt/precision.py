@@ -62,8 +62,9 @@ def compute_wide(device) -> None:
 
     Factors of 16 bits, sums of 32, and what comes out rounded to 16: a CPU with such instructions does it in one go. Where
     it has none, PyTorch multiplies one number after another, and a picture takes many times as long as in float32. A
-    switch for the whole process: of Conv2d and Linear in `torch.nn`, for 16-bit floats on a CPU. All else, and layers with
-    quantised weights, is computed as before. Introduced in notebooks/02_bf16.
+    switch for the whole process: of Conv2d and Linear in `torch.nn` and the batched products by which attention is written
+    out, for 16-bit floats on a CPU. All else, and layers with quantised weights, is computed as before. Introduced in
+    notebooks/02_bf16.
     """
     for dtype in HALF if torch.device(device).type == "cpu" else ():
         if dtype not in WIDE and not _has_instructions(dtype):
@@ -97,6 +98,17 @@ def _switch():
         return stock_linear(self, x)
 
     nn.Conv2d._conv_forward, nn.Linear.forward = conv_forward, linear_forward
+    torch.bmm, torch.baddbmm = _widened(torch.bmm), _widened(torch.baddbmm)
+
+
+def _widened(stock):
+    def product(*tensors, **scales):
+        x = tensors[0] if tensors else None
+        if x is not None and x.dtype in WIDE and x.device.type == "cpu" and scales.keys() <= {"alpha", "beta"}:
+            return stock(*(each.float() for each in tensors), **scales).to(x.dtype)
+        return stock(*tensors, **scales)
+
+    return product
 
 
 def _to(pipe, dtype):

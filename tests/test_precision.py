@@ -67,8 +67,8 @@ def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
 
 @pytest.fixture
 def without_instructions(monkeypatch):
-    """A CPU without instructions for 16-bit floats; `torch.nn` is as it was afterwards."""
-    for cls, name in ((nn.Conv2d, "_conv_forward"), (nn.Linear, "forward")):
+    """A CPU without instructions for 16-bit floats; PyTorch is as it was afterwards."""
+    for cls, name in ((nn.Conv2d, "_conv_forward"), (nn.Linear, "forward"), (torch, "bmm"), (torch, "baddbmm")):
         monkeypatch.setattr(cls, name, getattr(cls, name))
     monkeypatch.setattr(precision, "WIDE", set())
     monkeypatch.setattr(precision, "_has_instructions", lambda dtype: False)
@@ -82,6 +82,19 @@ def test_without_instructions_layers_compute_in_float32_and_round(without_instru
     expected, exact = wide().to(dtype), wide()
     precision.compute_wide("cpu")
     assert torch.equal(layer(x), expected) and torch.equal(copy.deepcopy(layer).float()(x.float()), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_instructions_attention_by_the_formula_computes_in_float32_and_rounds(without_instructions, dtype):
+    q, k, mask = (torch.randn(2, *size).to(dtype) for size in ((5, 8), (8, 7), (5, 7)))
+    exact = torch.bmm(q.float(), k.float()), torch.baddbmm(mask.float(), q.float(), k.float(), beta=0.5, alpha=0.3)
+    precision.compute_wide("cpu")
+    rounded = torch.bmm(q, k), torch.baddbmm(mask, q, k, beta=0.5, alpha=0.3)
+    assert all(torch.equal(mine, theirs.to(dtype)) for mine, theirs in zip(rounded, exact, strict=True))
+    wide = torch.bmm(q.float(), k.float()), torch.baddbmm(mask.float(), q.float(), k.float(), beta=0.5, alpha=0.3)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(wide, exact, strict=True))
+    out = torch.empty(2, 5, 7, dtype=dtype)
+    assert torch.bmm(q, k, out=out) is out, "what is asked in another way is PyTorch's own"
 
 
 def test_the_switch_is_turned_where_pipelines_are_made_and_leaves_quantised_layers_alone(without_instructions):
