@@ -1,8 +1,13 @@
 """Steps 1 and 2: the number formats. What fp32 really means on a GPU, and half precision."""
 
+from contextlib import nullcontext
+from functools import wraps
+
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from sdopt.errors import UserError
 
@@ -62,8 +67,8 @@ def compute_wide(device) -> None:
 
     Factors of 16 bits, sums of 32, and what comes out rounded to 16: a CPU with such instructions does it in one go. Where
     it has none, PyTorch multiplies one number after another, and a picture takes many times as long as in float32. A
-    switch for the whole process: of Conv2d and Linear in `torch.nn` and the batched products by which attention is written
-    out, for 16-bit floats on a CPU. All else, and layers with quantised weights, is computed as before. Introduced in
+    switch for the whole process: of `torch.nn`'s Conv2d and Linear and diffusers' AttnProcessor, which is attention by the
+    formula, for 16-bit floats on a CPU. All else, and layers with quantised weights, is computed as before. Introduced in
     notebooks/02_bf16.
     """
     for dtype in HALF if torch.device(device).type == "cpu" else ():
@@ -84,7 +89,7 @@ def _has_instructions(dtype):
 
 
 def _switch():
-    stock_conv, stock_linear = nn.Conv2d._conv_forward, nn.Linear.forward
+    stock_conv, stock_linear, stock_attend = nn.Conv2d._conv_forward, nn.Linear.forward, AttnProcessor.__call__
     float_ = lambda bias: None if bias is None else bias.float()
 
     def conv_forward(self, x, weight, bias):
@@ -97,18 +102,22 @@ def _switch():
             return linear(x.float(), self.weight.float(), float_(self.bias)).to(x.dtype)
         return stock_linear(self, x)
 
-    nn.Conv2d._conv_forward, nn.Linear.forward = conv_forward, linear_forward
-    torch.bmm, torch.baddbmm = _widened(torch.bmm), _widened(torch.baddbmm)
+    @wraps(stock_attend)  # Attention asks a processor for its parameters
+    def attend(self, attn, hidden_states, *args, **kwargs):
+        wide = hidden_states.dtype in WIDE and hidden_states.device.type == "cpu"
+        with _WideProducts() if wide else nullcontext():
+            return stock_attend(self, attn, hidden_states, *args, **kwargs)
+
+    nn.Conv2d._conv_forward, nn.Linear.forward, AttnProcessor.__call__ = conv_forward, linear_forward, attend
 
 
-def _widened(stock):
-    def product(*tensors, **scales):
-        x = tensors[0] if tensors else None
-        if x is not None and x.dtype in WIDE and x.device.type == "cpu" and scales.keys() <= {"alpha", "beta"}:
-            return stock(*(each.float() for each in tensors), **scales).to(x.dtype)
-        return stock(*tensors, **scales)
+class _WideProducts(TorchFunctionMode):
+    """Within, the two products of attention by the formula are computed in float32 and rounded to what they were given in."""
 
-    return product
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.bmm, torch.baddbmm):
+            return func(*(each.float() for each in args), **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def _to(pipe, dtype):

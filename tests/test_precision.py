@@ -3,8 +3,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from tiny import draw, native, psnr
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from sdopt import models, precision
@@ -68,7 +70,7 @@ def test_bfloat16_only_where_the_gpu_has_it(monkeypatch, capability, dtype):
 @pytest.fixture
 def without_instructions(monkeypatch):
     """A CPU without instructions for 16-bit floats; PyTorch is as it was afterwards."""
-    for cls, name in ((nn.Conv2d, "_conv_forward"), (nn.Linear, "forward"), (torch, "bmm"), (torch, "baddbmm")):
+    for cls, name in ((nn.Conv2d, "_conv_forward"), (nn.Linear, "forward"), (AttnProcessor, "__call__")):
         monkeypatch.setattr(cls, name, getattr(cls, name))
     monkeypatch.setattr(precision, "WIDE", set())
     monkeypatch.setattr(precision, "_has_instructions", lambda dtype: False)
@@ -84,17 +86,45 @@ def test_without_instructions_layers_compute_in_float32_and_round(without_instru
     assert torch.equal(layer(x), expected) and torch.equal(copy.deepcopy(layer).float()(x.float()), exact)
 
 
+class Watched(TorchFunctionMode):
+    """Notes the batched products that are called within, and in what they multiply."""
+
+    def __init__(self, products):
+        super().__init__()
+        self.products = products
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.bmm, torch.baddbmm):
+            self.products.append((func.__name__, args[-1].dtype))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_instructions_attention_by_the_formula_computes_in_float32_and_rounds(without_instructions, dtype):
-    q, k, mask = (torch.randn(2, *size).to(dtype) for size in ((5, 8), (8, 7), (5, 7)))
-    exact = torch.bmm(q.float(), k.float()), torch.baddbmm(mask.float(), q.float(), k.float(), beta=0.5, alpha=0.3)
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_instructions_attention_by_the_formula_multiplies_in_float32_and_rounds(without_instructions, dtype, masked):
+    attn, x = Attention(32, heads=2, dim_head=16, processor=AttnProcessor()).to(dtype), torch.randn(2, 6, 32).to(dtype)
+    mask = torch.randn(4, 1, 6).to(dtype) if masked else None
+    products, bmm, baddbmm = [], torch.bmm, torch.baddbmm
     precision.compute_wide("cpu")
-    rounded = torch.bmm(q, k), torch.baddbmm(mask, q, k, beta=0.5, alpha=0.3)
-    assert all(torch.equal(mine, theirs.to(dtype)) for mine, theirs in zip(rounded, exact, strict=True))
-    wide = torch.bmm(q.float(), k.float()), torch.baddbmm(mask.float(), q.float(), k.float(), beta=0.5, alpha=0.3)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(wide, exact, strict=True))
-    out = torch.empty(2, 5, 7, dtype=dtype)
-    assert torch.bmm(q, k, out=out) is out, "what is asked in another way is PyTorch's own"
+    with Watched(products):
+        out = attn(x, attention_mask=mask)
+    assert products == [("baddbmm", torch.float32), ("bmm", torch.float32)] and out.dtype is dtype
+    q, k, v = (attn.head_to_batch_dim(layer(x)).float() for layer in (attn.to_q, attn.to_k, attn.to_v))
+    scores = baddbmm(torch.zeros(1) if mask is None else mask.float(), q, k.mT, beta=int(masked), alpha=attn.scale).to(dtype)
+    values = bmm(scores.softmax(-1).float(), v).to(dtype)
+    assert torch.equal(out, attn.to_out[0](attn.batch_to_head_dim(values)))
+    products.clear()
+    with Watched(products):
+        attn.float()(x.float())
+    assert products == [("baddbmm", torch.float32), ("bmm", torch.float32)]
+    assert (torch.bmm, torch.baddbmm) == (bmm, baddbmm), "Inductor knows PyTorch's functions by their names"
+
+
+def test_without_instructions_attention_by_the_formula_still_compiles_whole(without_instructions):
+    attn, x = Attention(32, heads=2, dim_head=16, processor=AttnProcessor()).bfloat16(), torch.randn(2, 6, 32).bfloat16()
+    precision.compute_wide("cpu")
+    compiled = torch.compile(attn, fullgraph=True)
+    torch.testing.assert_close(compiled(x), attn(x), rtol=0.02, atol=0.02)
 
 
 def test_the_switch_is_turned_where_pipelines_are_made_and_leaves_quantised_layers_alone(without_instructions):
