@@ -117,7 +117,7 @@ def _launches(mine, other, less):
 
 def _bf16(mine, other, machine, less):
     faster, old = machine.faster(machine.half), machine.has("bf16 and TF32") is False
-    measured = f"measured: a large product is {faster:.1f} times as fast in {machine.half} as in float32 here"
+    measured = _product(machine, machine.half, "float32")
     limit = _launches(mine, other, less)
     if less and faster < FAST:
         lacks = f"{_capability(machine)} has no tensor cores (from 7.0), " if machine.has("tensor cores") is False else ""
@@ -154,14 +154,25 @@ def _int8(mine, other, machine, less):
 
 
 def _int8_rates(machine):
-    faster = machine.faster("int8", machine.half)
-    if faster is None:
+    if machine.faster("int8") is None:
         return f"int8 tensor cores came with 7.5, this is {_capability(machine)}"
-    return f"measured: a large product is {faster:.1f} times as fast in int8 as in {machine.half} here"
+    return _product(machine, "int8", _usual(machine))
+
+
+def _usual(machine):
+    """The format in which layers compute if they are not rounded: of 16 bits, or of 32 where nothing is gained by those."""
+    return machine.half if machine.faster(machine.half) >= 1 else "float32"
+
+
+def _product(machine, name, than):
+    faster = machine.faster(name, than)
+    if faster >= 1 / FAST:
+        return f"measured: a large product is {faster:.1f} times as fast in {name} as in {than} here"
+    return f"measured: a large product takes {1 / faster:.1f} times as long in {name} as in {than} here"
 
 
 def _outlook(machine):
-    worth = (machine.faster("int8", machine.half) or 0) >= FAST
+    worth = (machine.faster("int8", _usual(machine)) or 0) >= FAST
     return "it may be worth a try" if worth else "likely nothing is to be gained, since its inputs must be rounded as well"
 
 

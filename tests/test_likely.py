@@ -134,6 +134,15 @@ def test_whole_numbers_that_were_not_tried_have_an_outlook():
     assert "likely nothing is to be gained" in said(A100)[0] and "likely nothing is to be gained" in said(P100)[0]
 
 
+def test_a_cpu_without_instructions_for_16_bits_is_told_so_and_whole_numbers_are_held_against_float32():
+    old = yours.Machine("old CPU", None, "bfloat16", Ceilings({"float32": 90e9, "bfloat16": 1.2e9, "int8": 3e9}, 2e10, 3e-6))
+    told = why("bf16", (4.0, 5.0), (4.0, 3.0), old)
+    assert "takes 75.0 times as long in bfloat16 as in float32 here; likely no unit" in told
+    there = [("a", r) for r in rows("int8", 4.0, 4.4)]
+    told = likely.reasons(yours.beside(list(rows("bf16", 4.0, 5.0)), there), old)
+    assert "takes 30.0 times as long in int8 as in float32 here; likely nothing is to be gained" in told[-1]
+
+
 def test_a_smaller_decoder_gains_by_the_share_of_decoding():
     def decoding(seconds, vae, tiny):
         stages = {"text_encoder": 0, "unet": 1e3 * seconds - vae, "unet_calls": 30, "scheduler": 0, "vae": vae}
