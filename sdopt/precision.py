@@ -80,7 +80,12 @@ def compute_wide(device) -> None:
 
 def computes_in(module) -> torch.dtype:
     """The dtype in which a module's layers multiply: its own, or float32 where `compute_wide` has been at work."""
-    return torch.float32 if module.device.type == "cpu" and module.dtype in WIDE else module.dtype
+    return torch.float32 if _is_widened(module) else module.dtype
+
+
+def _is_widened(x):
+    """Of a tensor or a module: whether products of it are computed in float32."""
+    return x.dtype in WIDE and x.device.type == "cpu"
 
 
 def _has_instructions(dtype):
@@ -93,19 +98,18 @@ def _switch():
     float_ = lambda bias: None if bias is None else bias.float()
 
     def conv_forward(self, x, weight, bias):
-        if x.dtype in WIDE and x.device.type == "cpu":
+        if _is_widened(x):
             return stock_conv(self, x.float(), weight.float(), float_(bias)).to(x.dtype)
         return stock_conv(self, x, weight, bias)
 
     def linear_forward(self, x):
-        if x.dtype in WIDE and x.device.type == "cpu" and type(self.weight) is nn.Parameter:
+        if _is_widened(x) and type(self.weight) is nn.Parameter:
             return linear(x.float(), self.weight.float(), float_(self.bias)).to(x.dtype)
         return stock_linear(self, x)
 
     @wraps(stock_attend)  # Attention asks a processor for its parameters
     def attend(self, attn, hidden_states, *args, **kwargs):
-        wide = hidden_states.dtype in WIDE and hidden_states.device.type == "cpu"
-        with _WideProducts() if wide else nullcontext():
+        with _WideProducts() if _is_widened(hidden_states) else nullcontext():
             return stock_attend(self, attn, hidden_states, *args, **kwargs)
 
     nn.Conv2d._conv_forward, nn.Linear.forward, AttnProcessor.__call__ = conv_forward, linear_forward, attend

@@ -41,7 +41,9 @@ def remarks(result):
     if levels.YARDSTICKS[0] in rows:
         front = ", ".join(row["id"] for row in levels.pareto(result))
         said.append(f"no row is as fast and has more prompts all right than one of these: {front}")
-    return said + [sentence for sentence in [again(result)] if sentence]
+    if repeated := again(result):
+        said.append(repeated)
+    return said
 
 
 def level_lines(result):
@@ -62,14 +64,12 @@ def rule():
 
 def again(result):
     """How well the baseline's time repeats, where its work was timed again and took another time."""
-    rows = {row["id"]: row for row in result["rows"] if row["status"] == "ok"}
-    if not {levels.REFERENCE, levels.AGAIN} <= rows.keys():
+    took = [(row["id"], row["latency_s"]["median"]) for row in levels.baselines(result)]
+    if len(took) < 2 or took[1][1] <= levels.AS_FAST * took[0][1]:
         return ""
-    fast, slow = sorted((rows[i]["latency_s"]["median"], i) for i in (levels.REFERENCE, levels.AGAIN))
-    if slow[0] <= levels.AS_FAST * fast[0]:
-        return ""
+    (fast, seconds), (slow, more) = took
     return (
-        f"speed-ups are counted from {fast[1]}, {figures.seconds(fast[0])}: {slow[1]} took {figures.seconds(slow[0])} for the same "
+        f"speed-ups are counted from {fast}, {figures.seconds(seconds)}: {slow} took {figures.seconds(more)} for the same "
         "work in the same process, because the GPU waits for Python there and the host was not steady"
     )
 
@@ -85,7 +85,7 @@ def _cells(row, result, based):
 
 
 def _speed(row, result):
-    gain = "" if row is levels.counted_from(result) else f"{levels.speedup(row, result)['speedup']:.2f}x"
+    gain = "" if row is levels.baselines(result)[0] else f"{levels.speedup(row, result)['speedup']:.2f}x"
     return figures.seconds(row["latency_s"]["median"]), gain
 
 
